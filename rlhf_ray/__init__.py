@@ -1,0 +1,1 @@
+"""Reinforcement learning from human and AI feedback on Ray."""

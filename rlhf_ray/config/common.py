@@ -1,0 +1,90 @@
+"""Sections that several stages share. A default stands here and nowhere else."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from rlhf_ray.config.base import Config
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(Config):
+    """Where rows come from. JSONL, JSON, Parquet, any of them gzipped, or a Hugging Face data set."""
+
+    path: str
+    """A file, a folder that `datasets` reads, or the name of a data set on the hub."""
+    split: str = "train"
+    """Which split of a Hugging Face data set."""
+    max_tokens: Positive = 1024
+    """Longest row in tokens, prompt and completion together (for PPO: the prompt). Longer rows are quarantined."""
+    max_bad_share: Share = 0.01
+    """Refuse to start when a larger share of rows than this is quarantined."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (betas 0.9 and 0.95, eps 1e-5, no weight decay) and its schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up; linear and cosine end at zero."""
+    warmup_share: Share = 0.03
+    """Share of all optimiser steps over which the rate rises linearly."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ZeroConfig(Config):
+    """DeepSpeed's memory options."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """ZeRO stage: 1 shards optimiser state, 2 gradients as well, 3 parameters as well."""
+    offload_optimizer: bool = False
+    """Keep optimiser state in host memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+
+class TelemetryConfig(Config):
+    """What is watched and where it goes besides the run folder."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when an API key is present, else offline. Project and entity are W&B's own WANDB_PROJECT, WANDB_ENTITY."""
+
+
+class CheckpointConfig(Config):
+    """When state is written."""
+
+    every: Positive | None = None
+    """Updates (PPO) or optimiser steps between checkpoints; none: only at the end."""
+    keep: Positive = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class StageConfig(Config):
+    """What every stage has."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name; its folder is `<output_dir>/<name>`."""
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where models live. The one place that decides it; bf16 on gpu, fp32 on cpu."""
+    trust_remote_code: bool = False
+    """Run Python code that a model folder brings along. Leave off unless you have read that code."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.device == "gpu" else "float32"
+
+
+def whole_or_a_fraction_of_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("a worker takes a fraction of one GPU or a whole number of them")
+    return gpus
+
+
+GPUs = Annotated[float, Field(ge=0), AfterValidator(whole_or_a_fraction_of_one)]
+"""GPUs of one worker; a fraction shares one GPU with others."""

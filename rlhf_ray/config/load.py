@@ -1,0 +1,60 @@
+"""From a YAML file and `dotted.key=value` overrides to one validated, frozen configuration."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from rlhf_ray.config.base import readable
+from rlhf_ray.config.common import StageConfig
+from rlhf_ray.errors import ConfigError
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
+    """Reads `path`, applies `overrides` in order, validates. Raises ConfigError with one line for each fault."""
+    tree = _read(Path(path))
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise readable(error, kind, str(path)) from None
+
+
+def dump(config: StageConfig) -> str:
+    """The resolved configuration as YAML; `load` of it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}': expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not YAML; quote it") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        nested = tree.setdefault(section, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
+        tree = nested
+    tree[last] = value

@@ -1,0 +1,134 @@
+"""The columns that cross process boundaries: flat, typed, ragged, never padded.
+
+Trajectories of a chunk lie one after the other in one array; offsets say where each begins. Padding whole batches
+costs tens of times these bytes at realistic answer lengths. A prompt is stored once for all its samples.
+
+Arrays that come out of Ray's object store are read-only: copy before writing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+
+class Finish(IntEnum):
+    """Why an answer ended."""
+
+    EOS = 0
+    """The policy sampled an end-of-sequence token; it is the last token of the answer."""
+    LENGTH = 1
+    """`max_new_tokens` was reached."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths in one array.
+
+    >>> r = Ragged.of([[1, 2, 3], [4, 5]], np.int32)
+    >>> r.offsets
+    array([0, 3, 5], dtype=int32)
+    >>> r[1]
+    array([4, 5], dtype=int32)
+    """
+
+    values: NDArray
+    """[N], all rows one after the other."""
+    offsets: Int32
+    """[B + 1]; row i is values[offsets[i]:offsets[i + 1]]."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence | NDArray], dtype: type) -> "Ragged":
+        arrays = [np.asarray(row, dtype=dtype) for row in rows]
+        offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
+        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+        return cls(np.concatenate(arrays) if arrays else np.empty(0, dtype), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> Int32:
+        """[B]"""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """A chunk of B finished answers to G prompts, as a rollout engine hands them on. N tokens were generated."""
+
+    prompts: Ragged
+    """int32 ids of G prompts, each stored once."""
+    prompt_of: Int32
+    """[B] which of the chunk's prompts an answer belongs to."""
+    responses: Ragged
+    """int32 ids of B answers, N in all; the EOS token included where it was sampled."""
+    sampler_logprobs: Float32
+    """[N] log-probability of each token as the engine sampled it, at the sampling temperature."""
+    finish: NDArray[np.uint8]
+    """[B] of Finish."""
+    sample_ids: NDArray[np.int64]
+    """[B] unique in a run: prompt position in the data order times samples per prompt, plus the sample's number."""
+    weight_version: Int32
+    """[B] version of the weights that produced the answer."""
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def prompt(self, row: int) -> Int32:
+        """Prompt ids of answer `row`."""
+        return self.prompts[self.prompt_of[row]]
+
+    def sequence(self, row: int) -> Int32:
+        """Prompt and answer ids of answer `row`, in one new array."""
+        return np.concatenate([self.prompt(row), self.responses[row]])
+
+    @property
+    def prompt_lengths(self) -> Int32:
+        """[B]"""
+        return self.prompts.lengths[self.prompt_of]
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens, N."""
+        return len(self.responses.values)
+
+    @classmethod
+    def concatenate(cls, chunks: Sequence["Trajectories"]) -> "Trajectories":
+        """One chunk of all; answers keep their order."""
+        first_prompt = np.cumsum([0, *(len(chunk.prompts) for chunk in chunks)])
+        return cls(
+            prompts=_join([chunk.prompts for chunk in chunks]),
+            prompt_of=np.concatenate(
+                [chunk.prompt_of + start for chunk, start in zip(chunks, first_prompt, strict=False)]
+            ).astype(np.int32),
+            responses=_join([chunk.responses for chunk in chunks]),
+            **{
+                name: np.concatenate([getattr(chunk, name) for chunk in chunks])
+                for name in ("sampler_logprobs", "finish", "sample_ids", "weight_version")
+            },
+        )
+
+
+def nbytes(record: object) -> int:
+    """Bytes of the arrays in a record of this module, or of one array."""
+    if isinstance(record, np.ndarray):
+        return record.nbytes
+    return sum(nbytes(getattr(record, field.name)) for field in fields(record))  # type: ignore[arg-type]
+
+
+def _join(parts: Sequence[Ragged]) -> Ragged:
+    starts = np.cumsum([0, *(len(part.values) for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    return Ragged(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([*offsets, starts[-1:]]).astype(np.int32),
+    )
