@@ -11,9 +11,7 @@ from rlhf_ray.errors import ConfigError
 class Config(BaseModel):
     """A section of a run's configuration. Unknown keys are errors: an ignored key is a silent wrong run."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 def readable(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
@@ -46,25 +44,16 @@ def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 def _section(annotation: Any) -> type[BaseModel] | None:
     """The Config class inside `annotation`, if it is one or an optional one."""
     options = [annotation, *getattr(annotation, "__args__", ())]
-    return next(
-        (option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None
-    )
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
 def _nearest(key: str, root: type[BaseModel]) -> str:
     known = list(leaves(root))
     sections = sorted(
-        {
-            name[: name.index(".", start)]
-            for name in known
-            for start in range(len(name))
-            if "." in name[start:]
-        }
+        {name[: name.index(".", start)] for name in known for start in range(len(name)) if "." in name[start:]}
     )
     parent, _, last = key.rpartition(".")
-    siblings = {
-        name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)
-    }
+    siblings = {name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)}
     close = difflib.get_close_matches(last, sorted(siblings), n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{parent + '.' if parent else ''}{close[0]}'?"

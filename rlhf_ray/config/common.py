@@ -49,7 +49,7 @@ class TelemetryConfig(Config):
     """What is watched and where it goes besides the run folder."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online when an API key is present, else offline. Project and entity are W&B's own WANDB_PROJECT, WANDB_ENTITY."""
+    """auto: online when an API key is present, else offline. Project and entity are W&B's own environment variables."""
 
 
 class CheckpointConfig(Config):

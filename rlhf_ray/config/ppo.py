@@ -32,9 +32,7 @@ class RewardSource(Config):
     def exactly_one(self) -> "RewardSource":
         given = [name for name in ("model", "function", "url") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of model, function and url; {', '.join(given) or 'none'} given"
-            )
+            raise ValueError(f"give exactly one of model, function and url; {', '.join(given) or 'none'} given")
         return self
 
 
@@ -183,9 +181,7 @@ class PPOConfig(StageConfig):
     def minibatches_are_not_empty(self) -> "PPOConfig":
         samples = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
         if self.ppo.minibatches > samples:
-            raise ValueError(
-                f"ppo.minibatches is {self.ppo.minibatches}, but an update has only {samples} samples"
-            )
+            raise ValueError(f"ppo.minibatches is {self.ppo.minibatches}, but an update has only {samples} samples")
         return self
 
     @model_validator(mode="after")
@@ -212,7 +208,5 @@ class PPOConfig(StageConfig):
         cpu_backends, gpu_backends = ("shm", "gloo"), ("ipc", "nccl")
         wrong = gpu_backends if self.device == "cpu" else cpu_backends
         if self.publication.backend in wrong:
-            raise ValueError(
-                f"publication.backend {self.publication.backend} does not work with device {self.device}"
-            )
+            raise ValueError(f"publication.backend {self.publication.backend} does not work with device {self.device}")
         return self
