@@ -1,0 +1,155 @@
+"""Reading and writing Hugging Face folders, and refusing what does not fit before any weight is read.
+
+Everything a person can get wrong about a model (no such folder, not a model, two outputs where one is needed, another
+vocabulary) is told from the small JSON files, in the driver, within seconds.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_ray.models.device import Device
+
+NORMALISATION = "rlhf_ray_score"
+"""Key in a reward model's config.json: {"mean": ..., "sd": ...} of its raw scores on held-out answers."""
+
+
+def quiet() -> None:
+    """Loading bars and advice of transformers do not belong in a job's log."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def model_config(path: str, role: str, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """config.json of a model. Raises ModelError when there is none; `role` names the place in the configuration."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{role}: '{path}' has no config.json, so it is not a Hugging Face model folder")
+    if folder.is_file():
+        raise ModelError(f"{role}: '{path}' is a file; expected a Hugging Face model folder")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.exists() and looks_local:
+        raise ModelError(f"{role}: '{path}' does not exist; expected a Hugging Face model folder or a hub name")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{role}: '{path}' is neither a model folder nor a hub model within reach: {reason}") from None
+
+
+def tokenizer(path: str, role: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer beside a model. Raises ModelError when it is missing or has no end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{role}: no tokenizer can be read from '{path}': {reason}") from None
+    if found.eos_token_id is None:
+        raise ModelError(f"{role}: the tokenizer of '{path}' has no end-of-sequence token; answers could never end")
+    return found
+
+
+def check_vocabulary(tokens: "PreTrainedTokenizerBase", config: "PretrainedConfig", path: str, role: str) -> None:
+    """Every id that the tokenizer can produce must have a row in the model's embedding."""
+    if len(tokens) > config.vocab_size:
+        raise ModelError(
+            f"{role}: the tokenizer of '{path}' has {len(tokens)} tokens, but the model's vocab_size is "
+            f"{config.vocab_size}; they do not belong together"
+        )
+
+
+def check_same_tokenizer(
+    first: "PreTrainedTokenizerBase", second: "PreTrainedTokenizerBase", first_path: str, second_path: str
+) -> None:
+    """Token ids travel between roles as they are, so both must mean the same by each id."""
+    if first.get_vocab() != second.get_vocab():
+        raise ModelError(
+            f"the tokenizers of '{first_path}' ({len(first)} tokens) and '{second_path}' ({len(second)} tokens) "
+            "differ: policy and reward model exchange token ids. Train the reward model from the same base, or give "
+            "the reward as a function or url, which receive text"
+        )
+
+
+def check_reward_model(config: "PretrainedConfig", path: str) -> None:
+    """Raises ModelError unless the model is a sequence classifier with one output."""
+    kinds = config.architectures or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ModelError(
+            f"reward.model: '{path}' is {', '.join(kinds) or 'of unknown kind'}; expected a sequence-classification "
+            "model with one output, such as `rlhf-ray reward` writes"
+        )
+    if config.num_labels != 1:
+        raise ModelError(f"reward.model: '{path}' has {config.num_labels} outputs; a reward model has exactly one")
+
+
+def causal_lm(path: str, device: "Device", trust_remote_code: bool = False) -> "PreTrainedModel":
+    """A causal language model with packed attention and no dropout, on the device."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, path, device, trust_remote_code)
+
+
+def classifier(path: str, device: "Device", trust_remote_code: bool = False) -> "PreTrainedModel":
+    """A sequence classifier with one output; a causal model gets a new head of standard deviation 1/sqrt(H + 1)."""
+    from torch import nn
+    from transformers import AutoModelForSequenceClassification
+
+    model = _load(AutoModelForSequenceClassification, path, device, trust_remote_code, num_labels=1)
+    if not any(kind.endswith("ForSequenceClassification") for kind in _architectures(path)):
+        nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
+    return model
+
+
+def score_normalisation(config: "PretrainedConfig") -> tuple[float, float]:
+    """Mean and standard deviation kept with a reward model; (0, 1) for one that has none."""
+    kept = getattr(config, NORMALISATION, None)
+    return (float(kept["mean"]), float(kept["sd"])) if kept else (0.0, 1.0)
+
+
+def save(model: Any, tokens: "PreTrainedTokenizerBase", folder: Path, state: dict[str, Any] | None = None) -> None:
+    """An ordinary Hugging Face folder: safetensors, configuration, tokenizer with its chat template.
+
+    `state` replaces the model's own parameters where those are sharded.
+    """
+    model.save_pretrained(folder, state_dict=state)
+    tokens.save_pretrained(folder)
+
+
+def _architectures(path: str) -> list[str]:
+    file = Path(path) / "config.json"
+    return json.loads(file.read_text()).get("architectures") or [] if file.is_file() else []
+
+
+def _load(kind: Any, path: str, device: "Device", trust_remote_code: bool, **options: Any) -> "PreTrainedModel":
+    import torch
+
+    from rlhf_ray.models.device import torch_device
+    from rlhf_ray.models.heads import switch_off_dropout
+    from rlhf_ray.models.packed import ATTENTION, register_attention
+
+    quiet()
+    register_attention()
+    model: nn.Module = kind.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if device == "gpu" else torch.float32,
+        attn_implementation=ATTENTION,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        **options,
+    )
+    switch_off_dropout(model)
+    return model.to(torch_device(device))  # type: ignore[return-value]
