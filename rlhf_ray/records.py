@@ -101,6 +101,20 @@ class Trajectories:
         """Generated tokens, N."""
         return len(self.responses.values)
 
+    def take(self, rows: NDArray) -> "Trajectories":
+        """The answers `rows`, in that order; all prompts stay."""
+        places = token_places(self.responses.offsets, rows)
+        offsets = np.concatenate([[0], np.cumsum(self.responses.lengths[rows])]).astype(np.int32)
+        return Trajectories(
+            prompts=self.prompts,
+            prompt_of=self.prompt_of[rows],
+            responses=Ragged(self.responses.values[places], offsets),
+            sampler_logprobs=self.sampler_logprobs[places],
+            finish=self.finish[rows],
+            sample_ids=self.sample_ids[rows],
+            weight_version=self.weight_version[rows],
+        )
+
     @classmethod
     def concatenate(cls, chunks: Sequence["Trajectories"]) -> "Trajectories":
         """One chunk of all; answers keep their order."""
@@ -116,6 +130,16 @@ class Trajectories:
                 for name in ("sampler_logprobs", "finish", "sample_ids", "weight_version")
             },
         )
+
+
+def token_places(offsets: NDArray, rows: NDArray) -> NDArray[np.int64]:
+    """Places in a flat [N] column of the tokens of `rows`, in the order of `rows`.
+
+    >>> token_places(np.array([0, 2, 5]), np.array([1, 0])).tolist()
+    [2, 3, 4, 0, 1]
+    """
+    pieces = [np.arange(offsets[row], offsets[row + 1]) for row in rows]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
 
 def nbytes(record: object) -> int:

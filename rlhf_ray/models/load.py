@@ -63,6 +63,19 @@ def tokenizer(path: str, role: str, trust_remote_code: bool = False) -> "PreTrai
     return found
 
 
+def eos_ids(path: str, tokens: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """Every id that ends an answer: the tokenizer's, and those of the model's generation_config.json."""
+    from transformers import GenerationConfig
+
+    ids = {tokens.eos_token_id}
+    try:
+        found = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # many models have no such file
+        found = None
+    ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return tuple(sorted(ids))
+
+
 def check_vocabulary(tokens: "PreTrainedTokenizerBase", config: "PretrainedConfig", path: str, role: str) -> None:
     """Every id that the tokenizer can produce must have a row in the model's embedding."""
     if len(tokens) > config.vocab_size:

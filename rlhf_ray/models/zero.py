@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.config.common import OptimizerConfig, ZeroConfig
+from rlhf_ray.errors import TrainingError
 from rlhf_ray.models.device import Device
 
 if TYPE_CHECKING:
@@ -129,10 +130,27 @@ def whole_weights(engine: Any, named: Iterator[tuple[str, nn.Parameter]]) -> Ite
             yield name, parameter.detach()
 
 
-def grad_norm(engine: Any) -> float:
-    """Global gradient norm before clipping of the step just made; NaN where DeepSpeed gives none (stage 0, fp32)."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def step(engine: Any, what: str) -> float:
+    """One clipped optimiser step; returns the global gradient norm before clipping.
+
+    A collective. Raises TrainingError, with parameters unchanged, when the norm is not finite.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()  # leaves the parameters alone when the norm is not finite
+        norm = float(engine.get_global_grad_norm())
+    else:
+        norm = _unsharded_norm(engine)
+        if finite(torch.tensor(norm, device=engine.device)):
+            engine.step()
+    if not finite(torch.tensor(norm, device=engine.device)):
+        raise TrainingError(f"the gradient norm of {what} is {norm}; the step was not taken")
+    return norm
+
+
+def _unsharded_norm(engine: Any) -> float:
+    """At stage 0 DeepSpeed reports no norm and applies NaN: this rank's own norm, before ranks are averaged."""
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def finite(loss: Tensor) -> bool:

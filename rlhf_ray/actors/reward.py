@@ -1,0 +1,178 @@
+"""Where scores come from: a reward model, a Python function, or a server. A score is never made up.
+
+Whatever goes wrong (an exception, a wrong number of values, a value that is not finite, a server that does not answer
+in time) is a RewardError that says what was asked and what came back.
+"""
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from rlhf_ray.errors import RewardError
+from rlhf_ray.records import Trajectories
+
+if TYPE_CHECKING:
+    from rlhf_ray.models.device import Device
+
+ScoreText = Callable[[list[str], list[str]], Sequence[float]]
+
+
+class Reward(Protocol):
+    """A role that scores answers."""
+
+    def scores(self, trajectories: Trajectories) -> np.ndarray:
+        """[B] float32, all finite."""
+
+
+class RewardModel:
+    """A sequence classifier read at the last real token, normalised by the mean and deviation kept with it."""
+
+    def __init__(self, path: str, tokens_per_pass: int, device: "Device", trust_remote_code: bool) -> None:
+        from rlhf_ray.models import heads, load
+        from rlhf_ray.models.device import torch_device
+
+        self.path = path
+        self.device = torch_device(device)
+        self.tokens_per_pass = tokens_per_pass
+        model = load.classifier(path, device, trust_remote_code)
+        self.mean, self.sd = load.score_normalisation(model.config)
+        self.model = heads.Scores(model).eval()
+        self.model.requires_grad_(False)
+
+    def scores(self, trajectories: Trajectories) -> np.ndarray:
+        import torch
+
+        from rlhf_ray.actors.scoring import packs_of
+
+        result = np.empty(len(trajectories), dtype=np.float32)
+        with torch.inference_mode():
+            for rows, packed in packs_of(trajectories, self.tokens_per_pass, self.device):
+                result[rows] = self.model(packed).cpu().numpy()
+        return checked((result - self.mean) / self.sd, len(trajectories), f"reward.model {self.path}")
+
+
+class TextReward:
+    """A reward that reads text: ids are decoded here and nowhere else on the way."""
+
+    def __init__(self, score: ScoreText, name: str, tokenizer: str, trust_remote_code: bool) -> None:
+        from rlhf_ray.models import load
+
+        self.score = score
+        self.name = name
+        self.tokenizer = load.tokenizer(tokenizer, "policy", trust_remote_code)
+
+    def scores(self, trajectories: Trajectories) -> np.ndarray:
+        rows = range(len(trajectories))
+        prompts = [trajectories.prompt(row) for row in rows]
+        responses = [trajectories.responses[row] for row in rows]
+        texts = [self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, responses)]
+        return checked(self.score(*texts), len(trajectories), self.name)
+
+
+class RewardFunction(TextReward):
+    """The role for `reward.function`."""
+
+    def __init__(self, path: str, deadline_s: float, tokenizer: str, trust_remote_code: bool) -> None:
+        name = f"reward.function {path}"
+        super().__init__(_guarded(imported(path), name, deadline_s), name, tokenizer, trust_remote_code)
+
+
+class RewardServer(TextReward):
+    """The role for `reward.url`."""
+
+    def __init__(self, url: str, deadline_s: float, tokenizer: str, trust_remote_code: bool) -> None:
+        super().__init__(ServerScores(url, deadline_s), f"reward.url {url}", tokenizer, trust_remote_code)
+
+
+def imported(path: str) -> ScoreText:
+    """The function that `package.module:name` names. Raises RewardError when there is none."""
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise RewardError(f"reward.function '{path}': expected package.module:name")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise RewardError(f"reward.function '{path}': cannot import '{module}': {error}") from None
+    except AttributeError:
+        raise RewardError(f"reward.function '{path}': module '{module}' has no '{name}'") from None
+    if not callable(function):
+        raise RewardError(f"reward.function '{path}': '{name}' is not callable")
+    return function
+
+
+class ServerScores:
+    """POSTs {"prompts", "responses"} and expects {"scores"}. Retries what may pass (no connection, 429, 5xx) with
+    growing pauses until the deadline; anything else is an error at once."""
+
+    FIRST_PAUSE_S = 0.1
+    LONGEST_PAUSE_S = 10.0
+
+    def __init__(self, url: str, deadline_s: float) -> None:
+        self.url = url
+        self.deadline_s = deadline_s
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Sequence[float]:
+        end = time.monotonic() + self.deadline_s
+        pause, tries = self.FIRST_PAUSE_S, 0
+        while True:
+            tries += 1
+            answer, fault = self._ask(prompts, responses, max(end - time.monotonic(), 0.01))
+            if answer is not None:
+                return answer
+            if time.monotonic() + pause >= end:
+                raise RewardError(
+                    f"reward.url {self.url}: no scores in {self.deadline_s:g} s and {tries} tries; the last: {fault}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, self.LONGEST_PAUSE_S)
+
+    def _ask(self, prompts: list[str], responses: list[str], left_s: float) -> tuple[Sequence[float] | None, str]:
+        """Scores, or what went wrong that may pass."""
+        import httpx
+
+        try:
+            reply = httpx.post(self.url, json={"prompts": prompts, "responses": responses}, timeout=left_s)
+        except httpx.TransportError as error:
+            return None, f"{type(error).__name__}: {error}"
+        if reply.status_code == 429 or reply.status_code >= 500:
+            return None, f"HTTP {reply.status_code}"
+        if reply.status_code != 200:
+            raise RewardError(f"reward.url {self.url}: HTTP {reply.status_code}: {reply.text[:200]}")
+        try:
+            return reply.json()["scores"], ""
+        except (ValueError, KeyError, TypeError):
+            raise RewardError(f'reward.url {self.url}: expected {{"scores": [...]}}, got: {reply.text[:200]}') from None
+
+
+def checked(scores: object, expected: int, name: str) -> np.ndarray:
+    """[expected] float32. Raises RewardError for a wrong number of values or a value that is not finite."""
+    try:
+        values = [float(score) for score in scores]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise RewardError(f"{name}: expected a list of {expected} numbers, got {str(scores)[:200]}") from None
+    if len(values) != expected:
+        raise RewardError(f"{name}: expected {expected} scores, one for each answer, got {len(values)}")
+    for place, value in enumerate(values):
+        if not math.isfinite(value):
+            raise RewardError(f"{name}: score {place} of {expected} is {value}; scores must be finite")
+    return np.asarray(values, dtype=np.float32)
+
+
+def _guarded(function: ScoreText, name: str, deadline_s: float) -> ScoreText:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="reward-function")
+
+    def call(prompts: list[str], responses: list[str]) -> Sequence[float]:
+        try:
+            return pool.submit(function, prompts, responses).result(timeout=deadline_s)
+        except FutureTimeout:
+            raise RewardError(f"{name}: no scores within {deadline_s:g} s for {len(prompts)} answers") from None
+        except Exception as error:
+            raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+
+    return call

@@ -1,0 +1,437 @@
+"""The rollout policy: vLLM's in-process engine, stepped by our own loop. Token ids in, token ids out.
+
+One loop, one thread: between two steps nothing runs, so answers can be handed on as they finish and weights can be
+exchanged there. What must never happen: an answer lost or cut short without a word; a token from weights other than
+`weight_version` says; a key-value block computed with old weights served under new ones; one random stream used for
+two prompts. After a publication that did not end well the engine refuses to generate until one does.
+
+vLLM is imported inside the methods: `environment` must be in the process's environment before that.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlhf_ray.errors import DataError, GenerationError, ModelError, PublicationError, RLHFError
+from rlhf_ray.records import Finish, Float32, Int32, Ragged, Trajectories
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+EXTENSION = "rlhf_ray.actors.weight_transfer.receivers.WorkerExtension"
+PREFILL_TOKENS = 4096
+"""Prompt tokens of one step on CPU."""
+
+
+def environment(device: str, cache_dir: str | os.PathLike) -> dict[str, str]:
+    """Variables that vLLM and torch read when they are imported; for Ray's `runtime_env`.
+
+    `cache_dir` should outlive the process: without what vLLM keeps there, an engine starts 10 s later.
+    """
+    common = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the actor itself
+        "VLLM_CACHE_ROOT": str(cache_dir),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    if device == "gpu":
+        return common
+    # On CPU torch.compile only costs: 12 s of C++ for one helper of the sampler.
+    return {**common, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    model: str
+    """Folder or hub name of the policy."""
+    max_model_len: int
+    """Longest prompt and answer together, in tokens."""
+    max_new_tokens: int
+    temperature: float
+    samples_per_prompt: int
+    kv_cache_bytes: int
+    dtype: str
+    """float32 or bfloat16."""
+    tensor_parallel: int
+    """GPUs of this engine; 1 on CPU."""
+    transfer_backend: str
+    """How weights come: shm, gloo, nccl or ipc."""
+    eos_token_ids: tuple[int, ...]
+    """Any of these ends an answer."""
+    trust_remote_code: bool
+
+
+class RolloutEngine:
+    """An ordinary class; `ray.remote(RolloutEngine)` makes it an actor. Calls are served one at a time."""
+
+    def __init__(self, settings: RolloutSettings, weight_version: int = 0) -> None:
+        """Loads the model; its weights are said to be `weight_version`. Raises ModelError when vLLM cannot serve it."""
+        start = time.perf_counter()
+        self.settings = settings
+        self._engine = _build(settings)
+        self._refusal: str | None = None
+        self._updating = False
+        self._set_version(weight_version)
+        self._start_s = time.perf_counter() - start
+
+    def ready(self) -> dict[str, Any]:
+        """pid, seconds to start (imports included), tokens that fit the KV cache, weight version."""
+        cache = self._engine.vllm_config.cache_config
+        return {
+            "pid": os.getpid(),
+            "start_s": self._start_s,
+            "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+            "weight_version": self._version,
+        }
+
+    def generate(
+        self, prompts: Ragged, sample_ids: NDArray[np.int64], seed: int, chunk_tokens: int
+    ) -> Iterator[Trajectories]:
+        """Samples `samples_per_prompt` answers to each of G prompts; yields chunks in the order in which they finish.
+
+        A chunk goes out as soon as at least `chunk_tokens` generated tokens are in it; all answers to a prompt come in
+        the same chunk. `sample_ids` [G] are the ids of each prompt's first sample; the others count on from there.
+
+        In fp32 on CPU an answer depends on weights, prompt, seed and its sample id alone: not on what else is in the
+        batch, nor on the engine. On GPUs batches round differently.
+
+        Raises DataError for a prompt that cannot be served, PublicationError when the weights are not whole,
+        GenerationError when the engine fails or an answer ends in any other way than EOS or full length.
+        """
+        self._require_whole_weights()
+        self._check(prompts, sample_ids)
+        stream = _stream(seed)
+        names = [str(row) for row in range(len(prompts))]
+        finished: list[RequestOutput] = []
+        left, tokens = len(prompts), 0
+        try:
+            for name, ids, sample_id in zip(names, prompts, sample_ids.tolist(), strict=True):
+                self._add(name, ids, self._sampling(stream + sample_id))
+            while self._engine.has_unfinished_requests():
+                for output in self._step():
+                    finished.append(output)
+                    tokens += sum(len(answer.token_ids) for answer in output.outputs)
+                if tokens >= chunk_tokens:
+                    yield self._chunk(finished, prompts, sample_ids)
+                    left -= len(finished)
+                    finished, tokens = [], 0
+            left -= len(finished)
+            if left:
+                raise GenerationError(f"{self}: {left} of {len(prompts)} prompts were never answered")
+            if finished:
+                yield self._chunk(finished, prompts, sample_ids)
+        finally:
+            self._engine.abort_request(names)  # of what nobody waits for any more; usually nothing
+
+    def logprobs(self, sequences: Ragged, prompt_lengths: Int32) -> Float32:
+        """[N] log-probabilities of the tokens after each prompt, at the sampling temperature, by the present weights.
+
+        One forward pass over each of B sequences, past the prefix cache; for comparison with the learner.
+        """
+        self._require_whole_weights()
+        rows = [row for row in range(len(sequences)) if len(sequences[row]) > prompt_lengths[row]]
+        found: dict[int, list[float]] = {}
+        self._engine.collective_rpc("scale_logits", args=(1 / self.settings.temperature,))
+        try:
+            for row in rows:
+                # The engine insists on sampling a token after the prompt: the last one is scored as that token, so that
+                # a sequence of full length fits.
+                *context, last = sequences[row].tolist()
+                self._add(str(row), context, self._scoring(last))
+            while self._engine.has_unfinished_requests():
+                for output in self._step():
+                    row = int(output.request_id)
+                    found[row] = _scores(output, int(prompt_lengths[row]), int(sequences[row][-1]))
+        finally:
+            self._engine.collective_rpc("scale_logits", args=(None,))
+            self._engine.abort_request([str(row) for row in rows])
+        if len(found) < len(rows):
+            raise GenerationError(f"{self}: {len(rows) - len(found)} of {len(rows)} sequences were never scored")
+        return np.array([value for row in rows for value in found[row]], dtype=np.float32)
+
+    def weight_version(self) -> int:
+        return self._version
+
+    def check_parameters(self, parameters: list[tuple[str, str, list[int]]]) -> int:
+        """Compares (name, dtype, shape) of what the learner will send with the model; returns the number of workers.
+
+        Raises ModelError when they differ.
+        """
+        own = _parameters(self.settings)
+        sent = {name: tuple(shape) for name, _, shape in parameters}
+        faults = [f"'{name}' is missing" for name in own if name not in sent]
+        faults += [f"'{name}' is not a parameter of it" for name in sent if name not in own]
+        faults += [
+            f"'{name}' has shape {sent[name]}, expected {shape}"
+            for name, shape in own.items()
+            if name in sent and sent[name] != shape
+        ]
+        if faults:
+            more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+            raise ModelError(
+                f"{self}: the learner's weights do not fit: {'; '.join(faults[:3])}{more}. Learner and engines must load "
+                "the same model"
+            )
+        return self._engine.vllm_config.parallel_config.world_size
+
+    def init_weight_transfer_engine(self, info: dict[str, Any]) -> None:
+        """Connects with a sender."""
+        self._transfer("init_weight_transfer_engine", info)
+
+    def start_weight_update(self) -> None:
+        """From here until `finish_weight_update` succeeds the engine refuses to generate."""
+        if self._engine.has_unfinished_requests():
+            raise PublicationError(f"{self}: weights cannot change while answers are being generated")
+        if self._updating:  # by a sender that died
+            self._transfer("finish_weight_update")
+        self._refusal = "a publication of weights began and has not ended"
+        self._transfer("start_weight_update")
+        self._updating = True
+
+    def update_weights(self, info: dict[str, Any]) -> None:
+        """Receives and loads weights. Raises PublicationError when they arrive damaged."""
+        try:
+            self._transfer("update_weights", info)
+        except RLHFError as error:
+            self._updating = False  # vLLM has closed the update
+            self._refusal = f"the last publication failed: {error}"
+            raise
+
+    def finish_weight_update(self, version: int) -> dict[str, Any]:
+        """The new weights are in place as `version`, and nothing computed with older ones is left."""
+        start = time.perf_counter()
+        self._transfer("finish_weight_update")
+        self._updating = False
+        if not self._engine.reset_prefix_cache():
+            self._refusal = "its prefix cache still holds keys of older weights"
+            raise PublicationError(f"{self}: {self._refusal}: vLLM did not reset it")
+        self._set_version(version)
+        self._refusal = None
+        verified = self.settings.transfer_backend in ("shm", "gloo")
+        return {"version": version, "checksums_verified": verified, "seconds": time.perf_counter() - start}
+
+    def shutdown(self) -> None:
+        self._refusal = "it was shut down"
+        self._engine.engine_core.shutdown()
+
+    def __str__(self) -> str:
+        return f"rollout engine (pid {os.getpid()}, {self.settings.model})"
+
+    def _set_version(self, version: int) -> None:
+        self._version = version
+        self._engine.set_weight_version(str(version))
+
+    def _require_whole_weights(self) -> None:
+        if self._refusal:
+            raise PublicationError(f"{self} refuses to generate: {self._refusal}")
+
+    def _check(self, prompts: Ragged, sample_ids: NDArray[np.int64]) -> None:
+        """vLLM would cut long prompts' answers short, and look up ids beyond the vocabulary somewhere in memory."""
+        if len(sample_ids) != len(prompts):
+            raise DataError(f"{self}: {len(prompts)} prompts, but {len(sample_ids)} sample ids")
+        longest = self.settings.max_model_len - self.settings.max_new_tokens
+        for row in np.flatnonzero((prompts.lengths < 1) | (prompts.lengths > longest)):
+            raise DataError(
+                f"{self}: prompt of sample {sample_ids[row]} has {prompts.lengths[row]} tokens, expected 1 to {longest} "
+                f"(max_model_len {self.settings.max_model_len} minus max_new_tokens {self.settings.max_new_tokens})"
+            )
+        vocabulary = self._engine.model_config.get_vocab_size()
+        for place in np.flatnonzero((prompts.values < 0) | (prompts.values >= vocabulary)):
+            row = int(np.searchsorted(prompts.offsets, place, side="right")) - 1
+            raise DataError(
+                f"{self}: prompt of sample {sample_ids[row]} has token id {prompts.values[place]}, but the vocabulary "
+                f"has {vocabulary} tokens"
+            )
+
+    def _sampling(self, seed: int) -> Any:
+        """Plain sampling from softmax(logits / temperature); the policy that PPO's ratios assume."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = self.settings
+        return SamplingParams(
+            n=settings.samples_per_prompt,
+            temperature=settings.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=seed,
+            max_tokens=settings.max_new_tokens,
+            stop_token_ids=list(settings.eos_token_ids),
+            ignore_eos=True,  # the model folder's own opinion; `stop_token_ids` is ours
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _scoring(self, last: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=1,
+            temperature=1.0,
+            prompt_logprobs=0,
+            logprob_token_ids=[last],
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _add(self, name: str, ids: Any, params: Any) -> None:
+        try:
+            self._engine.add_request(name, {"prompt_token_ids": list(map(int, ids))}, params)
+        except Exception as error:
+            raise GenerationError(f"{self}: vLLM refused a prompt of {len(ids)} tokens: {error}") from error
+
+    def _step(self) -> list["RequestOutput"]:
+        """Finished requests of one engine step."""
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self._refusal = f"vLLM failed while generating: {error}"
+            raise GenerationError(f"{self}: vLLM failed while generating: {type(error).__name__}: {error}") from error
+        return [output for output in outputs if output.finished]
+
+    def _chunk(self, outputs: list["RequestOutput"], prompts: Ragged, sample_ids: NDArray[np.int64]) -> Trajectories:
+        rows = [int(output.request_id) for output in outputs]
+        count = self.settings.samples_per_prompt
+        answers = [answer for output in outputs for answer in sorted(output.outputs, key=lambda answer: answer.index)]
+        if len(answers) != count * len(rows):
+            raise GenerationError(f"{self}: {len(answers)} answers to {len(rows)} prompts, expected {count} to each")
+        responses = Ragged.of([answer.token_ids for answer in answers], np.int32)
+        logprobs = Ragged.of([answer.logprobs.logprobs for answer in answers], np.float32)
+        if not np.array_equal(responses.offsets, logprobs.offsets):
+            raise GenerationError(f"{self}: vLLM returned other than one log-probability for each token")
+        if not np.isfinite(logprobs.values).all():
+            raise GenerationError(
+                f"{self}: log-probabilities of sampled tokens are not finite under weights version {self._version}"
+            )
+        return Trajectories(
+            prompts=Ragged.of([prompts[row] for row in rows], np.int32),
+            prompt_of=np.repeat(np.arange(len(rows), dtype=np.int32), count),
+            responses=responses,
+            sampler_logprobs=logprobs.values,
+            finish=np.array([self._finish(answer) for answer in answers], dtype=np.uint8),
+            sample_ids=(sample_ids[rows][:, None] + np.arange(count)).reshape(-1).astype(np.int64),
+            weight_version=np.array([_oldest_version(answer) for answer in answers], dtype=np.int32),
+        )
+
+    def _finish(self, answer: "CompletionOutput") -> Finish:
+        if answer.finish_reason == "stop" and answer.stop_reason in self.settings.eos_token_ids:
+            return Finish.EOS
+        if answer.finish_reason == "length" and len(answer.token_ids) == self.settings.max_new_tokens:
+            return Finish.LENGTH
+        raise GenerationError(
+            f"{self}: an answer ended by '{answer.finish_reason}' ({answer.stop_reason}) after {len(answer.token_ids)} "
+            f"tokens; expected an end-of-sequence token or {self.settings.max_new_tokens} tokens"
+        )
+
+    def _transfer(self, method: str, *args: Any) -> None:
+        try:
+            self._engine.collective_rpc(method, args=args)
+        except RLHFError:
+            raise
+        except Exception as error:
+            raise PublicationError(f"{self}: {method} failed: {type(error).__name__}: {error}") from error
+
+
+def _build(settings: RolloutSettings) -> Any:
+    """vLLM's engine, checked to be what was asked for: some settings vLLM changes with no more than a log line."""
+    import torch
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from rlhf_ray.models.load import model_config
+
+    model_config(settings.model, "policy", settings.trust_remote_code)
+    parallel = settings.tensor_parallel > 1
+    options: dict[str, Any]
+    if current_platform.is_cpu():
+        # A prompt must never be prefilled in parts: with a seed that crashes vLLM's CPU sampler.
+        whole = max(settings.max_model_len, PREFILL_TOKENS)
+        options = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+    else:
+        # The KV cache's size is given; the share of the GPU would only refuse to start beside other roles.
+        options = {"gpu_memory_utilization": 0.01}
+    arguments = EngineArgs(
+        model=settings.model,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        tensor_parallel_size=settings.tensor_parallel,
+        distributed_executor_backend="mp" if parallel else "uni",
+        kv_cache_memory_bytes=settings.kv_cache_bytes,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",  # at the temperature that tokens are sampled at
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        worker_extension_cls=EXTENSION,
+        weight_transfer_config=WeightTransferConfig(backend=settings.transfer_backend),
+        **options,
+    )
+    try:
+        engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:
+        raise ModelError(f"vLLM cannot serve '{settings.model}': {type(error).__name__}: {error}") from error
+    config = engine.vllm_config
+    found = {
+        "dtype": config.model_config.dtype == getattr(torch, settings.dtype),
+        "logprobs_mode": config.model_config.logprobs_mode == "processed_logprobs",
+        "whole prefill": not (current_platform.is_cpu() and config.scheduler_config.enable_chunked_prefill),
+        "prefix caching": config.cache_config.enable_prefix_caching,
+    }
+    changed = [name for name, kept in found.items() if not kept]
+    if changed:
+        raise ModelError(
+            f"vLLM would serve '{settings.model}' with other settings than asked for: {', '.join(changed)}"
+        )
+    return engine
+
+
+def _parameters(settings: RolloutSettings) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the model's parameters as transformers names them, tied ones once, without allocating any."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_ray.models.load import model_config
+
+    config = model_config(settings.model, "policy", settings.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _stream(seed: int) -> int:
+    """Start of the range of vLLM seeds that belongs to `seed`: sample s uses the start plus s.
+
+    vLLM gives the i-th sample of a prompt the prompt's seed plus i, which is then sample s + i's own: no two samples
+    share a seed, though torch's CPU generator heeds only a seed's lower 32 bits.
+    """
+    return xxhash.xxh3_64_intdigest(seed.to_bytes(8, "little", signed=True)) >> 2
+
+
+def _oldest_version(answer: "CompletionOutput") -> int:
+    """vLLM notes with each token the version of the weights that sampled it."""
+    return min(int(span.version) for span in answer.weight_versions)
+
+
+def _scores(output: "RequestOutput", prompt_length: int, last: int) -> list[float]:
+    """Log-probabilities of a scored sequence's tokens from `prompt_length` on."""
+    known = list(output.prompt_logprobs.logprobs)[prompt_length - 1 :]
+    sampled = output.outputs[0].logprobs
+    return [*known, sampled.logprobs[sampled.token_ids.index(last)]]

@@ -1,0 +1,42 @@
+"""Every environment variable that a process of ours starts with is set here and nowhere else."""
+
+import os
+from pathlib import Path
+
+SECRETS_FOR_THE_DRIVER = ("WANDB_API_KEY", "HF_TOKEN")
+"""Passed on by name where the submitting shell has them; never written anywhere."""
+
+
+def quiet_driver() -> None:
+    """Before Ray is imported in a process: no usage statistics, no advice that is not ours."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+
+
+def cache_folder() -> Path:
+    """What engines keep between starts (model inspection, which takes ten seconds without)."""
+    root = (
+        os.environ.get("RLHF_RAY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf-ray"
+    )
+    return Path(root)
+
+
+def torch_environment(threads: int) -> dict[str, str]:
+    """For an actor that computes with torch on CPU. Idle threads sleep: spinning ones would take the cores that the
+    other roles compute on."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def job_environment() -> dict[str, dict[str, str]]:
+    """Ray's runtime environment of a submitted job's driver."""
+    present = {name: os.environ[name] for name in SECRETS_FOR_THE_DRIVER if name in os.environ}
+    return {"env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **present}}

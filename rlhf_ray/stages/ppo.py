@@ -1,0 +1,220 @@
+"""Proximal policy optimisation of a language model against a reward, held near its start by a per-token KL penalty.
+
+`train` reads as the algorithm: generate, score, learn, publish. What each step means stands in actors/; where it runs
+and how failures end stand in runtime/.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_ray.algorithms.kl import AdaptiveKL, FixedKL
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.data import rows
+from rlhf_ray.data.order import SampleOrder
+from rlhf_ray.data.quarantine import Quarantine
+from rlhf_ray.data.templates import ensure_chat_template
+from rlhf_ray.errors import ModelError, StopRequested
+from rlhf_ray.models import load
+from rlhf_ray.records import Ragged
+from rlhf_ray.runtime import checkpoints, interrupts, session
+from rlhf_ray.telemetry.clock import PhaseClock
+from rlhf_ray.telemetry.tracker import Tracker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_ray.stages.roles import Roles
+
+CANARY_PROMPTS, CANARY_TOKENS = 4, 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs beyond its configuration, checked before any model is loaded."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    eos_ids: tuple[int, ...]
+    prompts: list[rows.Prompt]
+
+
+def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
+    """The whole stage; returns what summary.json says. Any failure ends it with an RLHFError, actors gone."""
+    with Tracker(config, "ppo") as tracker:
+        inputs = prepare(config, tracker.folder.path)
+        with session.connect(address), interrupts.stoppable():
+            from rlhf_ray.stages.roles import Roles  # Ray's actors: not before the input is known to be good
+
+            steps = config.ppo.updates * config.ppo.epochs * config.ppo.minibatches
+            with Roles(config, inputs.eos_ids, canary(inputs.prompts), steps) as roles:
+                with _saved_when_stopped(config, roles, tracker):
+                    summary = train(config, inputs, roles, tracker)
+                roles.check_reference()
+        tracker.summary(summary)
+        return summary
+
+
+def prepare(config: PPOConfig, folder: Path) -> Inputs:
+    """Reads and checks everything small: model descriptions, tokenizers, prompts."""
+    trust = config.trust_remote_code
+    description = load.model_config(config.policy, "policy", trust)
+    tokenizer = ensure_chat_template(load.tokenizer(config.policy, "policy", trust))
+    load.check_vocabulary(tokenizer, description, config.policy, "policy")
+    longest = config.data.max_tokens + config.rollout.max_new_tokens
+    context = getattr(description, "max_position_embeddings", longest)
+    if longest > context:
+        raise ModelError(
+            f"policy '{config.policy}' has a context of {context} tokens; data.max_tokens {config.data.max_tokens} + "
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens} = {longest} do not fit"
+        )
+    _check_reward(config, tokenizer)
+    quarantine = Quarantine(folder / "quarantine.jsonl")
+    prompts = rows.prompts(config.data, tokenizer, quarantine)
+    return Inputs(tokenizer, load.eos_ids(config.policy, tokenizer), prompts)
+
+
+def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker) -> dict[str, Any]:
+    """Every update of the run. Returns the summary."""
+    ppo, rollout = config.ppo, config.rollout
+    order = SampleOrder(len(inputs.prompts), config.seed)
+    controller = kl_controller(config)
+    clock = PhaseClock()
+    totals = Totals()
+    roles.publish(0)
+    with tracker.progress(ppo.updates, "PPO") as progress:
+        for update in range(ppo.updates):
+            with clock.phase("generate"):
+                first = order.position
+                chosen = order.take(rollout.prompts_per_update)
+                prompts = Ragged.of([inputs.prompts[row].ids for row in chosen], np.int32)
+                sample_ids = (first + np.arange(len(chosen), dtype=np.int64)) * rollout.samples_per_prompt
+                chunks = roles.rollout(prompts, sample_ids)
+            with clock.phase("score"):
+                roles.wait_scored(chunks)
+            with clock.phase("learn"):
+                learned = roles.learn(chunks, controller.coefficient, update)
+            if learned.interrupted:
+                break
+            with clock.phase("publish"):
+                published = roles.publish(update + 1)
+            controller.update(learned.metrics["objective/kl"], len(chosen) * rollout.samples_per_prompt)
+            with clock.phase("checkpoint"):
+                last = update + 1 == ppo.updates
+                if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
+                    totals.policy = save(config, roles, tracker, update + 1, controller.state())
+            tracker.samples(update, [readable(inputs.tokenizer, sample) for sample in learned.samples])
+            metrics = {**learned.metrics, **published, **clock.finish()}
+            metrics["tokens/total"] = totals.add(metrics)
+            metrics["tokens/per_s"] = metrics["tokens/generated"] / metrics["time/update"]
+            tracker.log(update, metrics)
+            progress.advance(
+                reward=metrics["objective/scores"], kl=metrics["objective/kl"], tokens_per_s=metrics["tokens/per_s"]
+            )
+    interrupts.Interrupt.check()
+    return totals.summary(config.ppo.updates)
+
+
+def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
+    kl = config.ppo.kl
+    if kl.controller == "fixed":
+        return FixedKL(kl.coefficient)
+    return AdaptiveKL(kl.coefficient, kl.target, kl.horizon)
+
+
+def canary(prompts: list[rows.Prompt]) -> Ragged:
+    """A few token sequences whose log-probabilities learner and engines compare after each publication."""
+    long_enough = [prompt.ids[:CANARY_TOKENS] for prompt in prompts if len(prompt.ids) > 1]
+    if not long_enough:
+        raise ModelError("every prompt is a single token: nothing to compare learner and engines on")
+    return Ragged.of(long_enough[:CANARY_PROMPTS], np.int32)
+
+
+def save(
+    config: PPOConfig, roles: "Roles", tracker: Tracker, updates: int, controller: dict[str, float], name: str = ""
+) -> str:
+    """A checkpoint after `updates` updates; its `policy` is an ordinary Hugging Face folder, whose path is returned."""
+    place = checkpoints.write(
+        tracker.folder.checkpoints,
+        name or f"update_{updates:06d}",
+        lambda folder: roles.save(folder / "policy"),
+        {"updates": updates, "kl_controller": controller},
+        config.checkpoint.keep,
+        roles.checkpoint_bytes,
+    )
+    return str(place / "policy")
+
+
+def readable(tokenizer: "PreTrainedTokenizerBase", sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample's ids as text."""
+    return {
+        "prompt": tokenizer.decode(sample["prompt_ids"], skip_special_tokens=True),
+        "response": tokenizer.decode(sample["response_ids"], skip_special_tokens=True),
+        "score": sample["score"],
+        "kl": sample["kl"],
+    }
+
+
+class Totals:
+    """What a run adds up for its summary."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.tokens = 0.0
+        self.seconds = 0.0
+        self.gap = 0.0
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.policy: str | None = None
+
+    def add(self, metrics: dict[str, float]) -> float:
+        """All tokens generated so far."""
+        self.updates += 1
+        self.tokens += metrics["tokens/generated"]
+        self.seconds += metrics["time/update"]
+        self.gap = max(self.gap, metrics["rollout/logprob_gap_max"])
+        self.first = self.first or metrics
+        self.last = metrics
+        return self.tokens
+
+    def summary(self, updates: int) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "tokens": int(self.tokens),
+            "tokens_per_s": self.tokens / self.seconds,
+            "kl_first": self.first["objective/kl"],
+            "kl": self.last["objective/kl"],
+            "scores_first": self.first["objective/scores"],
+            "scores_last": self.last["objective/scores"],
+            "logprob_gap_max": self.gap,
+            "policy": self.policy,
+        }
+
+
+def _check_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    source, trust = config.reward, config.trust_remote_code
+    if source.function is not None:
+        from rlhf_ray.actors.reward import imported
+
+        imported(source.function)
+    if source.model is not None:
+        description = load.model_config(source.model, "reward.model", trust)
+        load.check_reward_model(description, source.model)
+        other = load.tokenizer(source.model, "reward.model", trust)
+        load.check_vocabulary(other, description, source.model, "reward.model")
+        load.check_same_tokenizer(tokenizer, other, config.policy, source.model)
+
+
+@contextmanager
+def _saved_when_stopped(config: PPOConfig, roles: "Roles", tracker: Tracker) -> Iterator[None]:
+    """A stop that was asked for saves the policy as it is before it goes on its way."""
+    try:
+        yield
+    except StopRequested as stop:
+        with interrupts.Interrupt.deferred():
+            roles.ask_stop()
+            policy = save(config, roles, tracker, -1, {}, name="stopped")
+        raise StopRequested(f"{stop}; the policy as it was is saved in '{policy}'") from None
