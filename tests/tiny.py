@@ -31,17 +31,17 @@ def _config(tied: bool):
 
     return LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        initializer_range=0.3,
+        initializer_range=0.15,
     )
 
 

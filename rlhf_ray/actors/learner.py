@@ -32,6 +32,9 @@ from rlhf_ray.models.heads import TokenLogprobs, Values
 from rlhf_ray.models.packed import Packed
 from rlhf_ray.records import Ragged, token_places
 
+SAMPLES = 4
+"""Answers that an update shows."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -82,6 +85,8 @@ class Learner:
         sharded = zero.sharded_loading(learner.optimizer, learner.zero, config.device)
         model = load.causal_lm(config.policy, config.device, config.trust_remote_code)
         policy = TokenLogprobs(model, config.rollout.temperature)
+        if learner.zero.stage == 3:
+            policy.keep_in_step(learner.tokens_per_micro_batch)
         critic = Values(self._critic_body())
         del sharded
         make = zero.make_engine
@@ -94,12 +99,12 @@ class Learner:
         return {"parameters": sum(_numel(p) for p in policy.parameters())}
 
     def connect(self, engines: list[Any], backend: str) -> None:
-        """On rank 0: opens the way by which weights reach `engines`."""
+        """Opens the way by which weights reach `engines`: on rank 0, and for ipc on every rank."""
         metadata = [
             (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
             for name, parameter in self.policy.module.named_weights()
         ]
-        self.sender = make_sender(backend, engines, metadata, self.config.roles.deadline_s)
+        self.sender = make_sender(backend, engines, metadata, self.config.roles.deadline_s, rank=self.rank)
 
     def publish(self, version: int) -> dict[str, float]:
         """Sends the policy's weights to every engine. A collective: sharded weights are gathered one by one."""
@@ -147,7 +152,7 @@ class Learner:
             "wire/bytes": float(bytes_on_wire),
             "wire/bytes_per_token": bytes_on_wire / experience.metrics["tokens/generated"],
         }
-        return Update(metrics, _samples(batch, experience, self.config.telemetry.samples), interrupted)
+        return Update(metrics, _samples(batch, experience), interrupted)
 
     def save(self, folder: str) -> None:
         """Writes the policy as a Hugging Face folder. A collective; rank 0 writes."""
@@ -302,7 +307,7 @@ def _check_complete(batch: Batch, answers: int) -> None:
         raise TrainingError(f"{answers} answers were asked for; {len(batch)} arrived, {distinct} of them distinct")
 
 
-def _samples(batch: Batch, experience: Experience, count: int) -> list[dict[str, Any]]:
+def _samples(batch: Batch, experience: Experience) -> list[dict[str, Any]]:
     trajectories = batch.trajectories
     return [
         {
@@ -311,7 +316,7 @@ def _samples(batch: Batch, experience: Experience, count: int) -> list[dict[str,
             "score": batch.scores[row].item(),
             "kl": experience.sequence_kl[row].item(),
         }
-        for row in range(min(count, len(batch)))
+        for row in range(min(SAMPLES, len(batch)))
     ]
 
 

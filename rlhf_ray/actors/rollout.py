@@ -114,8 +114,8 @@ class RolloutEngine:
         finished: list[RequestOutput] = []
         left, tokens = len(prompts), 0
         try:
-            for name, ids, sample_id in zip(names, prompts, sample_ids.tolist(), strict=True):
-                self._add(name, ids, self._sampling(stream + sample_id))
+            for row, name in enumerate(names):
+                self._add(name, prompts[row], self._sampling(stream + int(sample_ids[row])))
             while self._engine.has_unfinished_requests():
                 for output in self._step():
                     finished.append(output)
@@ -178,8 +178,8 @@ class RolloutEngine:
         if faults:
             more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
             raise ModelError(
-                f"{self}: the learner's weights do not fit: {'; '.join(faults[:3])}{more}. Learner and engines must load "
-                "the same model"
+                f"{self}: the learner's weights do not fit: {'; '.join(faults[:3])}{more}. "
+                "Learner and engines must load the same model"
             )
         return self._engine.vllm_config.parallel_config.world_size
 
@@ -241,8 +241,8 @@ class RolloutEngine:
         longest = self.settings.max_model_len - self.settings.max_new_tokens
         for row in np.flatnonzero((prompts.lengths < 1) | (prompts.lengths > longest)):
             raise DataError(
-                f"{self}: prompt of sample {sample_ids[row]} has {prompts.lengths[row]} tokens, expected 1 to {longest} "
-                f"(max_model_len {self.settings.max_model_len} minus max_new_tokens {self.settings.max_new_tokens})"
+                f"{self}: prompt of sample {sample_ids[row]} has {prompts.lengths[row]} tokens, expected 1 to "
+                f"{longest}: of {self.settings.max_model_len}, {self.settings.max_new_tokens} are kept for the answer"
             )
         vocabulary = self._engine.model_config.get_vocab_size()
         for place in np.flatnonzero((prompts.values < 0) | (prompts.values >= vocabulary)):

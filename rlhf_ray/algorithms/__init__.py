@@ -1,0 +1,1 @@
+"""The field's mathematics on tensors. Flat ragged batches: [N] tokens of B sequences, `offsets` [B + 1], no padding."""

@@ -24,12 +24,18 @@ class TokenLogprobs(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.head_calls = 1
+        """Least number of times that the head is called in a pass; see `keep_in_step`."""
+
+    def keep_in_step(self, most_tokens: int) -> None:
+        """Call the head equally often in every pass of up to `most_tokens`: sharded over ranks, each call gathers."""
+        self.head_calls = -(-most_tokens // HEAD_CHUNK)
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """[R] log-probabilities and [R] entropies in nats, at the sampling temperature, float32."""
         hidden = hidden_states(self.model.base_model, packed)[packed.predictors]  # type: ignore[arg-type]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return chunked(hidden, head, packed.targets, self.temperature, HEAD_CHUNK)
+        return chunked(hidden, head, packed.targets, self.temperature, HEAD_CHUNK, self.head_calls)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by the names of the Hugging Face checkpoint; a tied head appears once."""

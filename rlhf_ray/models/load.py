@@ -6,6 +6,7 @@ vocabulary) is told from the small JSON files, in the driver, within seconds.
 
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,8 @@ def classifier(path: str, device: "Device", trust_remote_code: bool = False) -> 
 
     model = _load(AutoModelForSequenceClassification, path, device, trust_remote_code, num_labels=1)
     if not any(kind.endswith("ForSequenceClassification") for kind in _architectures(path)):
-        nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
+        with _whole(model.score.weight):
+            nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     return model
 
 
@@ -140,6 +142,15 @@ def save(model: Any, tokens: "PreTrainedTokenizerBase", folder: Path, state: dic
     """
     model.save_pretrained(folder, state_dict=state)
     tokens.save_pretrained(folder)
+
+
+def _whole(weight: Any) -> AbstractContextManager:
+    """Within it, a weight that ZeRO-3 sharded while loading is whole, and what rank 0 writes is everybody's."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
 def _architectures(path: str) -> list[str]:

@@ -39,20 +39,28 @@ class Packed:
         >>> p.positions.tolist(), p.offsets, p.predictors.tolist(), p.targets.tolist()
         ([0, 1, 2, 0, 1], [0, 3, 5], [0, 1, 3], [8, 9, 6])
         """
+        masks = [np.arange(len(sequence)) >= prompt for sequence, prompt in zip(sequences, prompt_lengths, strict=True)]
+        return cls.masked(sequences, masks, device)
+
+    @classmethod
+    def masked(cls, sequences: Sequence[np.ndarray], masks: Sequence[np.ndarray], device: torch.device) -> "Packed":
+        """Responses are the tokens whose `masks` are true, as in dialogues of several turns.
+
+        A sequence's first token is never one: nothing predicts it.
+
+        >>> s, m = [np.array([7, 8, 9]), np.array([5, 6])], [np.array([1, 0, 1], bool), np.array([0, 1], bool)]
+        >>> Packed.masked(s, m, torch.device("cpu")).predictors.tolist()
+        [1, 3]
+        """
         offsets = [0, *np.cumsum([len(sequence) for sequence in sequences]).tolist()]
         positions = np.concatenate([np.arange(len(sequence)) for sequence in sequences])
-        predictors = np.concatenate(
-            [
-                np.arange(start + prompt - 1, end - 1)
-                for start, end, prompt in zip(offsets, offsets[1:], prompt_lengths, strict=True)
-            ]
-        )
+        responses = np.concatenate(masks) & (positions > 0)
         ids = np.concatenate(sequences).astype(np.int64)
         return cls(
             torch.from_numpy(ids).to(device),
             torch.from_numpy(positions).to(device),
             offsets,
-            torch.from_numpy(predictors).to(device),
+            torch.from_numpy(np.flatnonzero(responses) - 1).to(device),
         )
 
     @property

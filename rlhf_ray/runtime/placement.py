@@ -77,13 +77,10 @@ class Placement:
         place = self.where[role]
         resources = needs(self.config, role)
         handle = (
-            ray.remote(kind)
+            ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), **options)(kind)
             .options(
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=worker),
                 runtime_env={"env_vars": env},
-                **options,
             )
             .remote(*arguments)
         )

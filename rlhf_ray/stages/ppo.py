@@ -85,35 +85,35 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker) -
     clock = PhaseClock()
     totals = Totals()
     roles.publish(0)
-    with tracker.progress(ppo.updates, "PPO") as progress:
-        for update in range(ppo.updates):
-            with clock.phase("generate"):
-                first = order.position
-                chosen = order.take(rollout.prompts_per_update)
-                prompts = Ragged.of([inputs.prompts[row].ids for row in chosen], np.int32)
-                sample_ids = (first + np.arange(len(chosen), dtype=np.int64)) * rollout.samples_per_prompt
-                chunks = roles.rollout(prompts, sample_ids)
-            with clock.phase("score"):
-                roles.wait_scored(chunks)
-            with clock.phase("learn"):
-                learned = roles.learn(chunks, controller.coefficient, update)
-            if learned.interrupted:
-                break
-            with clock.phase("publish"):
-                published = roles.publish(update + 1)
-            controller.update(learned.metrics["objective/kl"], len(chosen) * rollout.samples_per_prompt)
-            with clock.phase("checkpoint"):
-                last = update + 1 == ppo.updates
-                if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
-                    totals.policy = save(config, roles, tracker, update + 1, controller.state())
-            tracker.samples(update, [readable(inputs.tokenizer, sample) for sample in learned.samples])
-            metrics = {**learned.metrics, **published, **clock.finish()}
-            metrics["tokens/total"] = totals.add(metrics)
-            metrics["tokens/per_s"] = metrics["tokens/generated"] / metrics["time/update"]
-            tracker.log(update, metrics)
-            progress.advance(
-                reward=metrics["objective/scores"], kl=metrics["objective/kl"], tokens_per_s=metrics["tokens/per_s"]
-            )
+    progress = tracker.progress(ppo.updates, "PPO")
+    for update in range(ppo.updates):
+        with clock.phase("generate"):
+            first = order.position
+            chosen = order.take(rollout.prompts_per_update)
+            prompts = Ragged.of([inputs.prompts[row].ids for row in chosen], np.int32)
+            sample_ids = (first + np.arange(len(chosen), dtype=np.int64)) * rollout.samples_per_prompt
+            chunks = roles.generate(prompts, sample_ids)
+        with clock.phase("score"):
+            roles.wait_scored(chunks)
+        with clock.phase("learn"):
+            learned = roles.learn(chunks, controller.coefficient, update)
+        if learned.interrupted:
+            break
+        with clock.phase("publish"):
+            published = roles.publish(update + 1)
+        controller.update(learned.metrics["objective/kl"], len(chosen) * rollout.samples_per_prompt)
+        with clock.phase("checkpoint"):
+            last = update + 1 == ppo.updates
+            if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
+                totals.policy = save(config, roles, tracker, update + 1, controller.state())
+        tracker.samples(update, [readable(inputs.tokenizer, sample) for sample in learned.samples])
+        metrics = {**learned.metrics, **published, **clock.finish()}
+        metrics["tokens/total"] = totals.add(metrics)
+        metrics["tokens/per_s"] = metrics["tokens/generated"] / metrics["time/update"]
+        tracker.log(update, metrics)
+        progress.advance(
+            reward=metrics["objective/scores"], kl=metrics["objective/kl"], tokens_per_s=metrics["tokens/per_s"]
+        )
     interrupts.Interrupt.check()
     return totals.summary(config.ppo.updates)
 

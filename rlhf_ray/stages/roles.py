@@ -69,7 +69,7 @@ class Roles:
     ) -> None:
         self.placement.release()
 
-    def rollout(self, prompts: Ragged, sample_ids: np.ndarray) -> list[Chunk]:
+    def generate(self, prompts: Ragged, sample_ids: np.ndarray) -> list[Chunk]:
         """Generates answers to all prompts; scoring of a chunk begins while others are still being generated."""
         router = LeastLoaded(len(self.engines))
         shares: list[list[int]] = [[] for _ in self.engines]
@@ -207,7 +207,10 @@ class Roles:
         self._ready("reward", self.rewards)
         self.reference_checksums = self._reference_checksums()
         self.parameters = fetch(started, self.deadline_s, "learner", "starting")[0]["parameters"]
-        fetch(self.ranks[0].connect.remote(self.engines, backend), self.deadline_s, "learner rank 0", "connecting")
+        senders = self.ranks if backend == "ipc" else self.ranks[:1]
+        fetch(
+            [rank.connect.remote(self.engines, backend) for rank in senders], self.deadline_s, "learner", "connecting"
+        )
 
     def _start_reward(self, number: int, env: dict[str, str]) -> Any:
         config = self.config
