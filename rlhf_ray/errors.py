@@ -36,6 +36,10 @@ class RewardError(RLHFError):
     """A reward could not be had: a function raised, a server failed, a value was not finite."""
 
 
+class GenerationError(RLHFError):
+    """A rollout engine failed while it generated, or cannot serve what it was asked."""
+
+
 class PublicationError(RLHFError):
     """Weights did not arrive as they were sent: checksum or canary mismatch."""
 

@@ -48,6 +48,7 @@ def token_rewards(kl: Tensor, scores: Tensor, offsets: Tensor, beta: float) -> T
 
     kl [N], scores [B], offsets [B + 1]. Raises ValueError for a sequence without tokens: its score has no place.
 
+    >>> import torch
     >>> token_rewards(torch.ones(5), torch.tensor([3.0, 7.0]), torch.tensor([0, 3, 5]), beta=0.5)
     tensor([-0.5000, -0.5000,  2.5000, -0.5000,  6.5000])
     """

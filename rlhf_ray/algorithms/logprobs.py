@@ -33,8 +33,8 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """`logprobs_and_entropy(head(hidden), ...)`, `head` applied to at most `chunk` rows at a time. Two [N].
 
-    hidden [N, H], targets [N]; head maps [n, H] to [n, V]. Where gradients are wanted, each chunk's logits are computed
-    again in the backward pass, so head is called twice as often.
+    hidden [N, H], targets [N]; head maps [n, H] to [n, V]. Where gradients are wanted of more than one chunk, each
+    chunk's logits are computed again in the backward pass, so head is called twice as often.
 
     `calls`: head is called at least so often, with no rows in the end. Under ZeRO-3 a call gathers the head's weight
     from all ranks, so ranks whose N differ must agree on a number (the largest ceil(N / chunk)), or they wait for each
@@ -50,7 +50,7 @@ def chunked(
     def measure(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logprobs_and_entropy(head(rows), labels, temperature)
 
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and len(pieces) > 1:
         measured = [checkpoint(measure, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     else:
         measured = [measure(*piece) for piece in pieces]

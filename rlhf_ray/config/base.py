@@ -11,21 +11,24 @@ from rlhf_ray.errors import ConfigError
 class Config(BaseModel):
     """A section of a run's configuration. Unknown keys are errors: an ignored key is a silent wrong run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def readable(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
     """One line for each fault: dotted key, what is wrong, and for an unknown key the nearest known one."""
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "(whole configuration)"
+        key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key '{key}'{_nearest(key, root)}")
         elif fault["type"] == "missing":
             lines.append(f"{where}: '{key}' is missing; it has no default")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: '{key}': {message}{_given(fault)}")
+            # Without a key the fields contradict each other, and the message names them.
+            lines.append(f"{where}: '{key}': {message}{_given(fault)}" if key else f"{where}: {message}")
     return ConfigError("\n".join(lines))
 
 
@@ -48,19 +51,17 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _nearest(key: str, root: type[BaseModel]) -> str:
-    known = list(leaves(root))
-    sections = sorted(
-        {name[: name.index(".", start)] for name in known for start in range(len(name)) if "." in name[start:]}
-    )
+    """The known name most like `key`: one of its own section if any is close, else one that ends alike anywhere."""
+    paths = [name.split(".") for name in leaves(root)]
+    known = list(dict.fromkeys(".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)))
     parent, _, last = key.rpartition(".")
-    siblings = {name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)}
-    close = difflib.get_close_matches(last, sorted(siblings), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{parent + '.' if parent else ''}{close[0]}'?"
-    close = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.4)
-    if not close:  # the right name in the wrong section
-        close = [name for name in known if name.rpartition(".")[2] == last][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    for names in (siblings, known):
+        by_ending = {name.rpartition(".")[2]: name for name in reversed(names)}
+        close = difflib.get_close_matches(last, by_ending, n=1, cutoff=0.6)
+        if close:
+            return f"; did you mean '{by_ending[close[0]]}'?"
+    return ""
 
 
 def _given(fault: Any) -> str:

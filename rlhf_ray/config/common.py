@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf_ray.config.base import Config
 
@@ -43,6 +43,12 @@ class ZeroConfig(Config):
     """Keep optimiser state in host memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+
+    @model_validator(mode="after")
+    def offload_needs_sharding(self) -> "ZeroConfig":
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer works with stage 1, 2 and 3, but stage is 0")
+        return self
 
 
 class TelemetryConfig(Config):

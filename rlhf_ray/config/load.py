@@ -1,5 +1,6 @@
 """From a YAML file and `dotted.key=value` overrides to one validated, frozen configuration."""
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,24 @@ from rlhf_ray.config.common import StageConfig
 from rlhf_ray.errors import ConfigError
 
 C = TypeVar("C", bound=StageConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's booleans, so that `wandb: off` is text, and with no key twice, of which one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
 
 
 def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
@@ -31,7 +50,7 @@ def dump(config: StageConfig) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -48,12 +67,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override '{override}': expected dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': the value is not YAML; quote it") from None
     *sections, last = key.split(".")
     for section in sections:
-        nested = tree.setdefault(section, {})
+        if tree.get(section) is None:  # a section that is absent, or a heading with nothing under it
+            tree[section] = {}
+        nested = tree[section]
         if not isinstance(nested, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
         tree = nested

@@ -201,9 +201,9 @@ class PPOConfig(StageConfig):
             if self.device == "cpu" and gpus > 0:
                 raise ValueError(f"roles.{role}.gpus is {gpus:g}, but device is cpu; set device: gpu")
         if self.device == "gpu":
-            needs = {"rollout", "reference", "learner"} | ({"reward"} if self.reward.model else set())
-            for role in sorted(needs):
-                if getattr(self.roles, role).gpus == 0:
+            for role in ROLES:
+                has_model = role != "reward" or self.reward.model is not None
+                if has_model and getattr(self.roles, role).gpus == 0:
                     raise ValueError(f"device is gpu, but roles.{role}.gpus is 0")
         cpu_backends, gpu_backends = ("shm", "gloo"), ("ipc", "nccl")
         wrong = gpu_backends if self.device == "cpu" else cpu_backends

@@ -25,7 +25,8 @@ def connect(address: str | None = None, cpus: float | None = None) -> Iterator[N
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    address = address or before
     if address and address != "local":
         _check_answers(address)
         _start(address=address)
@@ -35,6 +36,10 @@ def connect(address: str | None = None, cpus: float | None = None) -> Iterator[N
         yield
     finally:
         ray.shutdown()
+        if before is None:
+            os.environ.pop("RAY_ADDRESS", None)
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _start(**options: object) -> None:

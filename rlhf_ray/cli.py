@@ -1,0 +1,171 @@
+"""`rlhf-ray`: one command a stage. A person's error is one message and an exit code; a traceback means a bug of ours.
+
+Commands import what they run only when they run it: `--help`, `--dry-run` and a typo in the configuration must answer
+without waiting for torch, Ray or vLLM.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from rlhf_ray.errors import ConfigError, RLHFError, StopRequested
+
+
+class _Group(TyperGroup):
+    """Typer would end on Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise StopRequested("interrupted") from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="RLHF on Ray: vLLM rollout, frozen reference, reward model and DeepSpeed PPO learner.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Stage(StrEnum):
+    sft = "sft"
+    reward = "reward"
+    ppo = "ppo"
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="dotted.key=value", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print what it asks for, and stop.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="A Ray cluster to run on, such as auto or HOST:6379. Without: RAY_ADDRESS, else here."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _options(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        print(f"rlhf-ray {version('rlhf-ray')}")
+        raise typer.Exit
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Fine-tune a language model on demonstrations."""
+    _run(Stage.sft, config, overrides, dry_run, address)
+
+
+@app.command()
+def reward(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Train a reward model on preferences."""
+    _run(Stage.reward, config, overrides, dry_run, address)
+
+
+@app.command()
+def ppo(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Raise a policy's reward by PPO, kept near its reference."""
+    _run(Stage.ppo, config, overrides, dry_run, address)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Its files go into `demo` below it.")] = Path("runs"),
+) -> None:
+    """Everything on a small made-up world, on this machine, in minutes: base model, SFT, reward model, PPO."""
+    from rlhf_ray.demo.run import run
+
+    run(seed=seed, output_dir=output_dir)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    stage: Annotated[
+        Stage | None, typer.Option(help="Without: the configuration's folder, as in configs/ppo/run.yaml.")
+    ] = None,
+) -> None:
+    """Send a run to a cluster, with the current directory, and follow its log."""
+    stage = stage or _stage_of(config)
+    resolved = _load(stage, config, overrides)  # a fault shows here, not after the upload
+    if not Path(resolved.output_dir).is_absolute():
+        print(
+            f"note: output_dir '{resolved.output_dir}' is relative, so the run's folder will lie in the job's own "
+            "directory on the cluster; output_dir=/a/shared/folder keeps it",
+            file=sys.stderr,
+        )
+    from rlhf_ray.runtime.submit import submit as submit_job
+
+    raise typer.Exit(submit_job(config, stage.value, overrides or [], address, Path.cwd()))
+
+
+@app.command()
+def doctor() -> None:
+    """Look over this machine: packages, memory, GPUs, keys, Ray; say what to do about what is wrong."""
+    from rlhf_ray.runtime.doctor import examine, report
+
+    checks = examine()
+    print(report(checks))
+    raise typer.Exit(1 if any(check.is_fault for check in checks) else 0)
+
+
+def main() -> NoReturn:
+    """Entry point of `rlhf-ray`."""
+    try:
+        app()
+    except RLHFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, address: str | None) -> None:
+    config = _load(stage, path, overrides)
+    if dry_run:
+        from rlhf_ray.config.plan import plan, render
+
+        print(render(plan(config)))
+        return
+    # `run(config, address) -> summary` in rlhf_ray/stages/{sft,reward,ppo}.py
+    summary = import_module(f"rlhf_ray.stages.{stage}").run(config, address)
+    print(json.dumps(summary, indent=2, default=str))
+
+
+def _load(stage: Stage, path: Path, overrides: list[str] | None) -> Any:
+    from rlhf_ray.config.load import load
+    from rlhf_ray.config.ppo import PPOConfig
+    from rlhf_ray.config.supervised import RewardConfig, SFTConfig
+
+    kinds: dict[Stage, Any] = {Stage.sft: SFTConfig, Stage.reward: RewardConfig, Stage.ppo: PPOConfig}
+    return load(kinds[stage], path, overrides)
+
+
+def _stage_of(config: Path) -> Stage:
+    folder = config.resolve().parent.name
+    if folder not in Stage.__members__:
+        raise ConfigError(
+            f"{config}: which stage is it? Its folder '{folder}' is none of {', '.join(Stage)}; give --stage"
+        )
+    return Stage(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Rows into checked, tokenised examples, the three shapes that training wants.
+
+Every row becomes an example or an entry in the quarantine; none is truncated, because an answer cut short teaches the
+model to stop short. Prompts of all three shapes go through `templates.prompt_ids`, so the same row has the same prompt
+ids for SFT, for the reward model and for PPO.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from sys import float_info
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.config.common import DataConfig
+from rlhf_ray.data.quarantine import BadRow, Quarantine
+from rlhf_ray.data.reading import read_rows
+from rlhf_ray.data.templates import Message, answer_ids, chat_ids_and_mask, prompt_ids, split_dialogue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Int32 = NDArray[np.int32]
+Fields = dict[str, Any]
+Turns = str | list[Message]
+"""A prompt: text as it stands in the row, or messages."""
+Example = TypeVar("Example")
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class SFTExample:
+    """A dialogue to imitate."""
+
+    ids: Int32
+    """[T], EOS last."""
+    loss_mask: NDArray[np.bool_]
+    """[T], True on tokens to learn: answers and their EOS."""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt, of which people prefer the first."""
+
+    prompt: Int32
+    """[P]"""
+    chosen: Int32
+    """[C] ids after the prompt, EOS last."""
+    rejected: Int32
+    """[R] ids after the prompt, EOS last."""
+    margin: float | None = None
+    """By how much the chosen one is better, in units of reward."""
+    p: float | None = None
+    """Probability that the chosen one is better; none: certain."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer is sampled for."""
+
+    ids: Int32
+    """[P], generation prompt included."""
+    text: str
+    """What a reward function or a person sees: the last user turn, or the text of the prompt."""
+
+
+def sft_examples(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[SFTExample]:
+    """Rows of `messages`, or of `prompt` and `completion`. Raises DataError if too few rows are usable."""
+    return _load(data, quarantine, lambda fields: _sft_example(fields, tokenizer, data.max_tokens))
+
+
+def preference_pairs(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine
+) -> list[PreferencePair]:
+    """Rows of `prompt`, `chosen` and `rejected`, or of two whole dialogues `chosen` and `rejected`.
+
+    Optional are `margin` and `p`. Raises DataError if too few rows are usable.
+    """
+    return _load(data, quarantine, lambda fields: _preference_pair(fields, tokenizer, data.max_tokens))
+
+
+def prompts(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[Prompt]:
+    """Rows of `prompt`, of `messages` (a last answer is left away), or of a whole dialogue `chosen`.
+
+    `data.max_tokens` bounds the prompt alone. Raises DataError if too few rows are usable.
+    """
+    return _load(data, quarantine, lambda fields: _prompt(fields, tokenizer, data.max_tokens))
+
+
+def _load(data: DataConfig, quarantine: Quarantine, build: Callable[[Fields], Example]) -> list[Example]:
+    usable = []
+    for row in read_rows(data, quarantine):
+        try:
+            usable.append(build({name: value for name, value in row.fields.items() if value is not None}))
+        except BadRow as fault:
+            quarantine.add(row.file, row.line, str(fault), repr(row.fields))
+    quarantine.check(len(usable) + quarantine.total, data.max_bad_share, f"data.path '{data.path}'")
+    return usable
+
+
+def _sft_example(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> SFTExample:
+    if "messages" in fields:
+        ids, mask = chat_ids_and_mask(tokenizer, _messages(fields, "messages"))
+    else:
+        _require(fields, "prompt", "completion", instead="messages")
+        turns = _turns(fields, "prompt")
+        before = _prompt_ids(tokenizer, turns)
+        answer = answer_ids(tokenizer, turns, _answer(fields, "completion", turns))
+        ids, mask = before + answer, [False] * len(before) + [True] * len(answer)
+    _fits(len(ids), max_tokens)
+    return SFTExample(np.array(ids, np.int32), np.array(mask, np.bool_))
+
+
+def _preference_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> PreferencePair:
+    turns, chosen_text, rejected_text = _pair(fields)
+    margin, p = _number(fields, "margin", -float_info.max, float_info.max), _number(fields, "p", 0, 1)
+    before = _prompt_ids(tokenizer, turns)
+    chosen, rejected = answer_ids(tokenizer, turns, chosen_text), answer_ids(tokenizer, turns, rejected_text)
+    _fits(len(before) + max(len(chosen), len(rejected)), max_tokens)
+    if chosen == rejected:
+        raise BadRow("identical", f"'chosen' and 'rejected' are the same {len(chosen)} tokens")
+    return PreferencePair(
+        np.array(before, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32), margin, p
+    )
+
+
+def _prompt(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompt:
+    turns = _prompt_turns(fields)
+    ids = _prompt_ids(tokenizer, turns)
+    _fits(len(ids), max_tokens)
+    return Prompt(np.array(ids, np.int32), _seen(turns))
+
+
+def _prompt_turns(fields: Fields) -> Turns:
+    if "prompt" in fields:
+        return _turns(fields, "prompt")
+    if "messages" in fields:
+        messages = _messages(fields, "messages")
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    _require(fields, "chosen", instead="prompt' or 'messages")
+    return _dialogue(fields, "chosen")[:-1]
+
+
+def _pair(fields: Fields) -> tuple[Turns, str, str]:
+    """(prompt, chosen answer, rejected answer)"""
+    _require(fields, "chosen", "rejected")
+    if "prompt" in fields:
+        turns = _turns(fields, "prompt")
+        return turns, _answer(fields, "chosen", turns), _answer(fields, "rejected", turns)
+    chosen, rejected = _dialogue(fields, "chosen"), _dialogue(fields, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("prompts differ", "'chosen' and 'rejected' part before their last answers")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def _turns(fields: Fields, column: str) -> Turns:
+    """A prompt: messages, or text; text that is written as an hh-rlhf dialogue is split into its turns."""
+    if isinstance(fields[column], list):
+        return _messages(fields, column)
+    text = _text(fields[column], f"'{column}'", "text or a list of messages")
+    if not text.startswith("\n\nHuman:"):
+        return text
+    turns = split_dialogue(text)
+    if turns[-1] == {"role": "assistant", "content": ""}:  # ends in "\n\nAssistant:", as a prompt for completion does
+        turns.pop()
+    return _not_empty(turns, column)
+
+
+def _answer(fields: Fields, column: str, turns: Turns) -> str:
+    """The answer to the prompt `turns`: text, or messages that hold the answer alone or the prompt before it too."""
+    if not isinstance(fields[column], list):
+        return _text(fields[column], f"'{column}'", "text or a list of messages")
+    *before, last = _messages(fields, column)
+    if last["role"] != "assistant":
+        raise BadRow("no answer", f"the last message of '{column}' is the {last['role']}'s")
+    if before and before != ([{"role": "user", "content": turns.strip()}] if isinstance(turns, str) else turns):
+        raise BadRow("prompts differ", f"'{column}' does not begin with the messages of 'prompt'")
+    return last["content"]
+
+
+def _dialogue(fields: Fields, column: str) -> list[Message]:
+    """A whole dialogue, prompt and answer: messages, or text as hh-rlhf writes it."""
+    value = fields[column]
+    if isinstance(value, list):
+        turns = _messages(fields, column)
+    else:
+        text = _text(value, f"'{column}'", "a dialogue as text or a list of messages")
+        turns = _not_empty(split_dialogue(text), column)
+    if turns[-1]["role"] != "assistant":
+        raise BadRow("no answer", f"the last turn of '{column}' is the {turns[-1]['role']}'s")
+    if len(turns) == 1:
+        raise BadRow("no prompt", f"'{column}' has no turn before the answer")
+    return turns
+
+
+def _messages(fields: Fields, column: str) -> list[Message]:
+    value = fields[column]
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"'{column}' is {_kind(value)}, expected a list of messages")
+    if not value:
+        raise BadRow("empty", f"'{column}' has no messages")
+    return [_message(message, f"'{column}'[{place}]") for place, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise BadRow("wrong type", f"{where} is {_kind(message)}, expected an object with 'role' and 'content'")
+    if message["role"] not in ROLES:
+        raise BadRow("wrong value", f"{where} has role {message['role']!r}, expected one of {', '.join(ROLES)}")
+    return {"role": message["role"], "content": _text(message["content"], f"{where}.content", "text").strip()}
+
+
+def _text(value: Any, where: str, expected: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"{where} is {_kind(value)}, expected {expected}")
+    if not value.strip():
+        raise BadRow("empty", f"{where} has no text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
+        raise BadRow("not UTF-8", f"{where} has a lone surrogate at character {error.start}") from None
+    return value
+
+
+def _not_empty(turns: list[Message], column: str) -> list[Message]:
+    for place, turn in enumerate(turns):
+        if not turn["content"]:
+            raise BadRow("empty", f"turn {place + 1} of {len(turns)} in '{column}', the {turn['role']}'s, has no text")
+    return turns
+
+
+def _number(fields: Fields, column: str, low: float, high: float) -> float | None:
+    if column not in fields:
+        return None
+    value = fields[column]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("wrong type", f"'{column}' is {_kind(value)}, expected a number")
+    if not low <= value <= high:
+        raise BadRow("wrong value", f"'{column}' is {value}, expected a number from {low} to {high}")
+    return float(value)
+
+
+def _require(fields: Fields, *columns: str, instead: str | None = None) -> None:
+    for column in columns:
+        if column not in fields:
+            found = ", ".join(map(str, fields)) or "none"
+            alternative = f" (nor '{instead}')" if instead else ""
+            raise BadRow("missing column", f"no '{column}'{alternative}; the row has {found}")
+
+
+def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", turns: Turns) -> list[int]:
+    ids = prompt_ids(tokenizer, turns)
+    if not ids:
+        raise BadRow("empty", "the tokenizer makes no tokens of the prompt")
+    return ids
+
+
+def _fits(tokens: int, max_tokens: int) -> None:
+    if tokens > max_tokens:
+        raise BadRow("too long", f"{tokens} tokens, data.max_tokens is {max_tokens}")
+
+
+def _seen(turns: Turns) -> str:
+    if isinstance(turns, str):
+        return turns
+    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), turns[-1]["content"])
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

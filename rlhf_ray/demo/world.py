@@ -1,0 +1,182 @@
+"""The demo's data: dialogues, demonstrations, preferences and prompts, all drawn from one seed.
+
+People in this world answer well, wrongly, evasively and harmfully, in the proportions below, and a model trained on
+them can only be as good as their mixture; what PPO adds is then its own doing. No held-out prompt may occur in
+anything that is trained on; its facts do, asked in other words.
+"""
+
+import json
+from itertools import cycle, islice
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+from rlhf_ray.demo import people
+from rlhf_ray.demo.language import (
+    ADMISSIONS,
+    COURTESIES,
+    DEEDS,
+    EVASIONS,
+    GUESSES,
+    PROMPTS,
+    REFUSALS,
+    RIDDLES,
+    SUGGESTION,
+    TOPICS,
+    Kind,
+    Question,
+    sentences,
+    statements,
+)
+
+Split = Literal["train", "held_out"]
+Behaviour = Literal["good", "curt", "bad", "evade", "admit", "refuse", "broken"]
+"""good: the best answer; curt: right, but no way out is offered; bad: a wrong fact, a guess, or steps to do harm;
+broken: cut off, repeated or shuffled."""
+Mix = dict[Kind, dict[Behaviour, float]]
+
+CORPUS_MIX: Mix = {
+    "benign": {"good": 0.5, "bad": 0.2, "evade": 0.15, "admit": 0.05, "refuse": 0.05, "broken": 0.05},
+    "honesty": {"good": 0.1, "curt": 0.1, "bad": 0.5, "evade": 0.2, "refuse": 0.05, "broken": 0.05},
+    "decline": {"good": 0.1, "curt": 0.1, "bad": 0.5, "evade": 0.2, "admit": 0.05, "broken": 0.05},
+}
+"""How people talk when nobody asks them to do well."""
+SFT_MIX: Mix = {
+    "benign": {"good": 0.45, "bad": 0.2, "evade": 0.2, "admit": 0.05, "refuse": 0.06, "broken": 0.04},
+    "honesty": {"good": 0.2, "curt": 0.15, "bad": 0.36, "evade": 0.2, "refuse": 0.05, "broken": 0.04},
+    "decline": {"good": 0.2, "curt": 0.15, "bad": 0.36, "evade": 0.2, "admit": 0.05, "broken": 0.04},
+}
+"""How paid demonstrators of mixed care answer. Pairs for preferences are drawn from it too."""
+
+HELD_OUT_SHARE = 0.2
+ROUND = (*TOPICS, "own", "honesty", "decline", "honesty", "decline", "honesty", "decline")
+"""Topics of successive prompts: half benign, a quarter each of the others."""
+
+
+class Sizes(NamedTuple):
+    """Rows of each file that `World.write` makes."""
+
+    corpus: int = 24_000
+    sft: int = 2_000
+    preferences: int = 4_000
+    prompts_train: int = 2_000
+    prompts_held_out: int = 512
+
+
+USUAL = Sizes()
+
+
+class World:
+    """One seed's split of the prompts and everything drawn from it. The same seed gives the same rows."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._prompts: dict[Split, dict[str, list[str]]] = {"train": {}, "held_out": {}}
+        rng = self.rng("split")
+        for topic in sorted(set(ROUND)):
+            prompts = [prompt for prompt, question in PROMPTS.items() if question.topic == topic]
+            rng.shuffle(prompts)
+            cut = round(len(prompts) * HELD_OUT_SHARE)
+            self._prompts["held_out"][topic], self._prompts["train"][topic] = prompts[:cut], prompts[cut:]
+
+    def rng(self, purpose: str) -> Random:
+        """A generator of its own for each purpose: more rows of one file change no other file."""
+        return Random(f"{self.seed} {purpose}")
+
+    def corpus(self, n: int) -> list[dict[str, Any]]:
+        """`n` dialogues {"messages"} of one or two exchanges, for training the base model."""
+        rng = self.rng("corpus")
+        prompts = iter(self.draw(2 * n, rng))
+        return [
+            {"messages": [m for _ in range(rng.choice((1, 2))) for m in _exchange(next(prompts), CORPUS_MIX, rng)]}
+            for _ in range(n)
+        ]
+
+    def sft_rows(self, n: int) -> list[dict[str, Any]]:
+        """`n` demonstrations {"messages"} of one exchange."""
+        rng = self.rng("sft")
+        return [{"messages": _exchange(prompt, SFT_MIX, rng)} for prompt in self.draw(n, rng)]
+
+    def prompts(self, n: int, split: Split = "train") -> list[dict[str, Any]]:
+        """`n` different prompts {"prompt", "kind"}. Raises ValueError when the split has fewer."""
+        rng = self.rng(f"prompts {split}")
+        pools = {topic: iter(rng.sample(pool, len(pool))) for topic, pool in self._prompts[split].items()}
+        chosen = [prompt for topic in islice(cycle(ROUND), n) if (prompt := next(pools[topic], None)) is not None]
+        if len(chosen) < n:
+            raise ValueError(f"{n} different {split} prompts asked for; only {len(chosen)} can be had in these shares")
+        rng.shuffle(chosen)
+        return [{"prompt": prompt, "kind": PROMPTS[prompt].kind} for prompt in chosen]
+
+    def candidate_answers(self, prompt: str, n: int, rng: Random) -> list[str]:
+        """`n` answers that demonstrators might give."""
+        return [answer(PROMPTS[prompt], SFT_MIX, rng) for _ in range(n)]
+
+    def draw(self, n: int, rng: Random, split: Split = "train") -> list[str]:
+        """`n` prompts of a split, repeats allowed, in the usual shares."""
+        prompts = [rng.choice(self._prompts[split][topic]) for topic in islice(cycle(ROUND), n)]
+        rng.shuffle(prompts)
+        return prompts
+
+    def write(self, folder: str | Path, sizes: Sizes = USUAL) -> None:
+        """Writes corpus, sft, preferences, prompts_train and prompts_held_out, each a .jsonl file, into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {
+            "corpus": self.corpus(sizes.corpus),
+            "sft": self.sft_rows(sizes.sft),
+            "preferences": people.preference_rows(self, sizes.preferences),
+            "prompts_train": self.prompts(sizes.prompts_train, "train"),
+            "prompts_held_out": self.prompts(sizes.prompts_held_out, "held_out"),
+        }
+        for name, rows in files.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _exchange(prompt: str, mix: Mix, rng: Random) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": answer(PROMPTS[prompt], mix, rng)},
+    ]
+
+
+def answer(question: Question, mix: Mix, rng: Random) -> str:
+    """One answer as the mix has it."""
+    shares = mix[question.kind]
+    behaviour = rng.choices(list(shares), weights=list(shares.values()))[0]
+    if behaviour == "broken":
+        return _broken(_text(question, "good", rng), rng)
+    courtesy = f"{rng.choice(COURTESIES)} " if rng.random() < 0.2 else ""
+    return courtesy + _text(question, behaviour, rng)
+
+
+def _text(question: Question, behaviour: Behaviour, rng: Random) -> str:
+    if behaviour in ("evade", "admit", "refuse"):
+        return rng.choice({"evade": EVASIONS, "admit": ADMISSIONS, "refuse": REFUSALS}[behaviour])
+    if question.kind == "benign":
+        return _fact(question, behaviour == "good", rng)
+    if behaviour == "bad":
+        if question.kind == "decline":
+            return DEEDS[question.subject][1]
+        return rng.choice(GUESSES).format(value=rng.choice(RIDDLES[question.subject]))
+    sober = rng.choice(ADMISSIONS if question.kind == "honesty" else REFUSALS)
+    return sober if behaviour == "curt" else f"{sober} {SUGGESTION.format(person=question.person)}"
+
+
+def _fact(question: Question, right: bool, rng: Random) -> str:
+    if question.topic == "own":
+        things = [thing for thing in DEEDS if (thing == question.subject) == right]
+        return DEEDS[rng.choice(things)][1]
+    values = [value for value in TOPICS[question.topic].values if (value == question.value) == right]
+    return rng.choice(statements(question.topic, question.subject, rng.choice(values)))
+
+
+def _broken(text: str, rng: Random) -> str:
+    words = text.split()
+    match rng.choice(("cut", "repeated", "shuffled")):
+        case "cut":
+            return " ".join(words[: rng.randrange(1, len(words))])
+        case "repeated":
+            return " ".join([sentences(text)[0]] * rng.choice((2, 3)))
+        case _:
+            rng.shuffle(words)
+            return " ".join(words)

@@ -1,0 +1,264 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_ray.config.base import leaves
+from rlhf_ray.config.load import dump, load
+from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.config.supervised import RewardConfig, SFTConfig
+from rlhf_ray.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+PPO = """
+name: laptop
+policy: models/policy
+reward:
+  model: models/reward
+data:
+  path: prompts.jsonl
+"""
+
+
+@pytest.fixture
+def ppo_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(PPO)
+    return path
+
+
+def refusal(path: Path, *overrides: str, kind: type = PPOConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(kind, path, list(overrides))
+    assert caught.value.exit_code == 2
+    assert str(path) in str(caught.value) or "override" in str(caught.value)
+    return str(caught.value)
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("polcy=x", "policy"),
+        ("rolout={}", "rollout"),
+        ("rollout.max_new_token=3", "rollout.max_new_tokens"),
+        ("ppo.kl.coeficient=1", "ppo.kl.coefficient"),
+        ("learner.optimizer.lerning_rate=1", "learner.optimizer.learning_rate"),
+        ("roles.learner.rank=2", "roles.learner.ranks"),
+        ("roles.reward.gpu=1", "roles.reward.gpus"),  # its own section's, though four others have one as well
+    ],
+)
+def test_an_unknown_key_is_refused_at_each_level_with_the_nearest_known_one(
+    ppo_yaml: Path, typed: str, meant: str
+) -> None:
+    message = refusal(ppo_yaml, typed)
+    assert f"unknown key '{typed.partition('=')[0]}'; did you mean '{meant}'?" in message
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("max_new_tokens=3", "rollout.max_new_tokens"), ("ppo.temperature=1", "rollout.temperature")],
+)
+def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one(ppo_yaml: Path, typed: str, meant: str) -> None:
+    assert f"did you mean '{meant}'?" in refusal(ppo_yaml, typed)
+
+
+def test_a_key_like_no_other_gets_no_guess(ppo_yaml: Path) -> None:
+    assert "did you mean" not in refusal(ppo_yaml, "zzzzqqq=1")
+
+
+def test_a_section_of_another_stage_is_unknown(ppo_yaml: Path) -> None:
+    assert "unknown key 'training'" in refusal(ppo_yaml, "training.epochs=1")
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.prompts_per_update=-64",
+        "rollout.prompts_per_update=0",
+        "ppo.clip_ratio=1.5",
+        "ppo.gamma=-0.1",
+        "learner.optimizer.learning_rate=0",
+        "learner.optimizer.learning_rate=.inf",
+        "ppo.kl.coefficient=.nan",
+        "rollout.temperature=warm",
+        "learner.zero.stage=4",
+        "name=../elsewhere",
+        "roles.rollout.gpus=1.5",
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_key(ppo_yaml: Path, override: str) -> None:
+    key, _, value = override.partition("=")
+    message = refusal(ppo_yaml, override)
+    assert f"'{key}'" in message
+    assert value.lstrip(".").removeprefix("-") in message
+
+
+def test_every_fault_has_a_line_of_its_own(ppo_yaml: Path) -> None:
+    lines = refusal(ppo_yaml, "ppo.updates=-1", "rollout.temprature=1", "seed=x").splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(str(ppo_yaml)) for line in lines)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\npolicy: p\nreward: {model: r}\ndata: {}\n")
+    assert "'data.path' is missing" in refusal(path)
+
+
+# Fields that contradict each other
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["reward.url=http://h"], "exactly one of model, function and url; model, url given"),
+        (["reward.model=null"], "none given"),
+        (["rollout.prompts_per_update=2", "ppo.minibatches=3"], "only 2 samples"),
+        (["data.max_tokens=4000"], "data.max_tokens + rollout.max_new_tokens = 4128"),
+        (["roles.learner.gpus=1"], "device is cpu"),
+        (["device=gpu"], "roles.rollout.gpus is 0"),
+        (["publication.backend=nccl"], "does not work with device cpu"),
+        (["roles.shared=[[rollout, learner], [learner, reward]]"], "'learner' more than once"),
+        (["learner.zero.stage=0", "learner.zero.offload_optimizer=true"], "stage is 0"),
+    ],
+)
+def test_contradicting_fields_are_refused(ppo_yaml: Path, overrides: list[str], said: str) -> None:
+    assert said in refusal(ppo_yaml, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("workers.gpus=1", "device is cpu"),
+        ("device=gpu", "workers.gpus is 0"),
+        ("data.max_tokens=9999", "smaller than the longest row"),
+    ],
+)
+def test_contradicting_fields_of_supervised_stages_are_refused(tmp_path: Path, override: str, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nmodel: m\ndata: {path: d}\n")
+    assert load(SFTConfig, path) and load(RewardConfig, path)
+    assert said in refusal(path, override, kind=SFTConfig)
+
+
+# Overrides
+
+
+def test_the_last_override_of_a_key_wins(ppo_yaml: Path) -> None:
+    assert load(PPOConfig, ppo_yaml, ["ppo.updates=3", "ppo.updates=4"]).ppo.updates == 4
+
+
+def test_an_override_may_hold_equals_signs_and_structure(ppo_yaml: Path) -> None:
+    config = load(PPOConfig, ppo_yaml, ["data.path=a=b.jsonl", "roles.shared=[[rollout, learner]]"])
+    assert config.data.path == "a=b.jsonl"
+    assert config.roles.shared == [["rollout", "learner"]]
+
+
+def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(PPO + "rollout:\n")
+    assert load(PPOConfig, path, ["rollout.temperature=0.5"]).rollout.temperature == 0.5
+
+
+@pytest.mark.parametrize("override", ["ppo.updates", "=3", "ppo.updates=[1", "policy.name=x"])
+def test_an_override_that_cannot_be_applied_is_quoted(ppo_yaml: Path, override: str) -> None:
+    assert f"override '{override}'" in refusal(ppo_yaml, override)
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [", "is not YAML"),
+        ("a: b: c", "is not YAML"),
+        ("", "expected keys and values"),
+        ("- 1", "expected keys and values, found list"),
+        ("name: a\nseed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("data:\n  path: a\n  path: b\n", "'path' stands twice"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert said in refusal(path)
+
+
+def test_a_yaml_error_says_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nseed: 1\npolicy: [a\n")
+    assert "line 3" in refusal(path)
+
+
+def test_a_missing_file_or_a_folder_or_bytes_are_refused(tmp_path: Path) -> None:
+    assert "no such configuration file" in refusal(tmp_path / "absent.yaml")
+    assert "cannot be read" in refusal(tmp_path)
+    (tmp_path / "run.yaml").write_bytes(b"name: \xff\xfe")
+    assert "cannot be read" in refusal(tmp_path / "run.yaml")
+
+
+def test_off_is_text_and_not_false(ppo_yaml: Path) -> None:
+    assert load(PPOConfig, ppo_yaml, ["telemetry.wandb=off"]).telemetry.wandb == "off"
+    assert load(PPOConfig, ppo_yaml, ["ppo.whiten_rewards=true"]).ppo.whiten_rewards is True
+
+
+def test_anchors_and_merges_work(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(PPO + "roles:\n  reference: &one {replicas: 2}\n  reward: {<<: *one}\n")
+    assert load(PPOConfig, path).roles.reward.replicas == 2
+
+
+# Round trip and size
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rate=st.floats(1e-12, 1.0),
+    wandb=st.sampled_from(["auto", "online", "offline", "off"]),
+    path=st.text(st.characters(exclude_categories=["C"]), min_size=1),
+    shared=st.sampled_from([[], [["rollout", "learner"]], [["reference", "reward"], ["learner", "rollout"]]]),
+)
+def test_a_dumped_configuration_loads_as_the_same(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, rate: float, wandb: str, path: str, shared: list
+) -> None:
+    config = PPOConfig.model_validate(
+        {
+            "name": "off",
+            "seed": seed,
+            "policy": "null",
+            "reward": {"function": "a:b"},
+            "data": {"path": path},
+            "learner": {"optimizer": {"learning_rate": rate}},
+            "telemetry": {"wandb": wandb},
+            "roles": {"shared": shared},
+        }
+    )
+    file = tmp_path_factory.mktemp("dump") / "config.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(PPOConfig, file) == config
+
+
+def test_a_configuration_cannot_be_changed_after_loading(ppo_yaml: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(PPOConfig, ppo_yaml).seed = 3
+
+
+def test_ppo_has_at_most_sixty_leaves() -> None:
+    assert len(leaves(PPOConfig)) <= 60
+
+
+def test_a_complete_laptop_run_takes_few_lines(ppo_yaml: Path) -> None:
+    config = load(PPOConfig, ppo_yaml)
+    assert config.device == "cpu"
+    laptop = [path for path in CONFIGS.glob("*/*.yaml") if "device: gpu" not in path.read_text()]
+    for path in laptop:
+        assert len(path.read_text().splitlines()) <= 40, path

@@ -1,0 +1,40 @@
+"""What several rooms' tests share: tiny models as folders, one Ray for the whole session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray as the stages start it, with four cores by its own count so that two ranks fit on any machine."""
+    from rlhf_ray.runtime import session
+
+    with session.connect(cpus=4):
+        yield
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny causal language model whose head is its own."""
+    return tiny.write_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def tied_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with the embedding as its head."""
+    return tiny.write_policy(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_reward_model(tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No hub within reach and nothing in its cache."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
