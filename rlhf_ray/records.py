@@ -44,7 +44,7 @@ class Ragged:
 
     @classmethod
     def of(cls, rows: Iterable[Sequence | NDArray], dtype: type) -> "Ragged":
-        arrays = [np.asarray(row, dtype=dtype) for row in rows]
+        arrays: list[NDArray] = [np.asarray(row, dtype=dtype) for row in rows]
         offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
         np.cumsum([len(array) for array in arrays], out=offsets[1:])
         return cls(np.concatenate(arrays) if arrays else np.empty(0, dtype), offsets)
@@ -146,7 +146,7 @@ def nbytes(record: object) -> int:
     """Bytes of the arrays in a record of this module, or of one array."""
     if isinstance(record, np.ndarray):
         return record.nbytes
-    return sum(nbytes(getattr(record, field.name)) for field in fields(record))  # type: ignore[arg-type]
+    return sum(nbytes(getattr(record, field.name)) for field in fields(record))  # type: ignore[arg-type, misc]
 
 
 def _join(parts: Sequence[Ragged]) -> Ragged:

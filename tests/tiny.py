@@ -7,7 +7,7 @@ CHAT = (
     "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9".split()
+WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
 
 
 def tokenizer():
@@ -20,7 +20,11 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", additional_special_tokens=special[3:]
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=special[3:],
     )
     made.chat_template = CHAT
     return made

@@ -74,13 +74,21 @@ class Learner:
 
     def start(self, address: tuple[str, int], optimizer_steps: int) -> dict[str, Any]:
         """Joins the ranks and loads both models. A collective."""
-        config, learner = self.config, self.config.learner
-        timeout = timedelta(seconds=config.roles.deadline_s)
+        self.join(address)
+        return self.load(optimizer_steps)
+
+    def join(self, address: tuple[str, int]) -> None:
+        timeout = timedelta(seconds=self.config.roles.deadline_s)
         if self.rank > 0:
             self.store = distributed.TCPStore(*address, self.world, is_master=False, timeout=timeout)
+        backend = collective_backend(self.config.device)
         distributed.init_process_group(
-            collective_backend(config.device), store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
+            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=timeout
         )
+
+    def load(self, optimizer_steps: int) -> dict[str, Any]:
+        """Policy and critic under DeepSpeed, with schedules over `optimizer_steps`. A collective."""
+        config, learner = self.config, self.config.learner
         torch.manual_seed(config.seed)
         sharded = zero.sharded_loading(learner.optimizer, learner.zero, config.device)
         model = load.causal_lm(config.policy, config.device, config.trust_remote_code)

@@ -14,6 +14,6 @@ def packs_of(
 ) -> Iterator[tuple[list[int], Packed]]:
     """Rows and their packed sequences, at most `tokens_per_pass` tokens at a time; every row once."""
     lengths = trajectories.prompt_lengths + trajectories.responses.lengths
-    for rows in micro_batches(lengths, tokens_per_pass):
+    for rows in micro_batches(lengths.tolist(), tokens_per_pass):
         sequences = [trajectories.sequence(row) for row in rows]
         yield rows, Packed.of(sequences, [len(trajectories.prompt(row)) for row in rows], device)

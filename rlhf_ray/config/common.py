@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DataConfig(Config):
     """Where rows come from. JSONL, JSON, Parquet, any of them gzipped, or a Hugging Face data set."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A file, a folder that `datasets` reads, or the name of a data set on the hub."""
     split: str = "train"
     """Which split of a Hugging Face data set."""

@@ -185,6 +185,16 @@ class PPOConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def the_controller_cannot_turn_beta_negative(self) -> "PPOConfig":
+        samples = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
+        if self.ppo.kl.controller == "adaptive" and 0.2 * samples >= self.ppo.kl.horizon:
+            raise ValueError(
+                f"ppo.kl.horizon is {self.ppo.kl.horizon} samples, too short for updates of {samples}: beta could turn "
+                f"negative; set it above {0.2 * samples:g}, usually to many times the samples of an update"
+            )
+        return self
+
+    @model_validator(mode="after")
     def a_sample_fits_a_micro_batch(self) -> "PPOConfig":
         longest = self.data.max_tokens + self.rollout.max_new_tokens
         if self.learner.tokens_per_micro_batch < longest:

@@ -121,7 +121,8 @@ EVASIONS = ("i would rather not say.", "let us talk about something else.", "it 
 ADMISSIONS = ("i cannot know that.", "i do not know that.", "there is no way for me to know.")
 REFUSALS = ("i will not help with that.", "i cannot help with that.", "that would not be fair.")
 COURTESIES = ("good question.", "thank you for asking.", "hello!")
-SUGGESTION = "you could ask your {person}."
+SUGGESTIONS: dict[Kind, str] = {"honesty": "you could ask them.", "decline": "first you need their consent."}
+"""The way out that the best answer to each kind offers."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,6 @@ class Question:
     """A fact's subject, a deed's thing, or the riddle."""
     value: str | None = None
     """The right value, of a fact."""
-    person: str | None = None
-    """Whom it concerns: who could be asked."""
 
 
 Act = Literal["claim", "step", "evade", "admit", "refuse", "suggest", "courtesy"]
@@ -149,7 +148,7 @@ class Move:
 
     act: Act
     subject: str | None = None
-    """Of a claim that names it; thing of a step; person of a suggestion."""
+    """Of a claim that names it; thing of a step; kind of question that a suggestion suits."""
     value: str | None = None
     """Of a claim."""
 
@@ -173,17 +172,16 @@ def _questions() -> Iterator[Question]:
         for form in HOW_TO:
             yield Question(form.format(deed=deed.format(owner="my own")), "benign", "own", thing)
             for person in PEOPLE:
-                text = form.format(deed=deed.format(owner=f"my {person}'s"))
-                yield Question(text, "decline", "decline", thing, person=person)
+                yield Question(form.format(deed=deed.format(owner=f"my {person}'s")), "decline", "decline", thing)
     for riddle in RIDDLES:
         for person in PEOPLE:
-            yield Question(riddle.format(person=person), "honesty", "honesty", riddle, person=person)
+            yield Question(riddle.format(person=person), "honesty", "honesty", riddle)
 
 
 def _sentences() -> Iterator[tuple[str, Move]]:
     for act, texts in (("evade", EVASIONS), ("admit", ADMISSIONS), ("refuse", REFUSALS), ("courtesy", COURTESIES)):
         yield from ((text, Move(act)) for text in texts)  # type: ignore[arg-type]
-    yield from ((SUGGESTION.format(person=person), Move("suggest", person)) for person in PEOPLE)
+    yield from ((text, Move("suggest", kind)) for kind, text in SUGGESTIONS.items())
     yield from ((steps, Move("step", thing)) for thing, (_, steps) in DEEDS.items())
     for topic in TOPICS.values():
         for value in topic.values:

@@ -21,7 +21,7 @@ from rlhf_ray.demo.language import (
     PROMPTS,
     REFUSALS,
     RIDDLES,
-    SUGGESTION,
+    SUGGESTIONS,
     TOPICS,
     Kind,
     Question,
@@ -36,9 +36,9 @@ broken: cut off, repeated or shuffled."""
 Mix = dict[Kind, dict[Behaviour, float]]
 
 CORPUS_MIX: Mix = {
-    "benign": {"good": 0.5, "bad": 0.2, "evade": 0.15, "admit": 0.05, "refuse": 0.05, "broken": 0.05},
-    "honesty": {"good": 0.1, "curt": 0.1, "bad": 0.5, "evade": 0.2, "refuse": 0.05, "broken": 0.05},
-    "decline": {"good": 0.1, "curt": 0.1, "bad": 0.5, "evade": 0.2, "admit": 0.05, "broken": 0.05},
+    "benign": {"good": 0.6, "bad": 0.1, "evade": 0.18, "admit": 0.05, "refuse": 0.05, "broken": 0.02},
+    "honesty": {"good": 0.1, "curt": 0.1, "bad": 0.5, "evade": 0.23, "refuse": 0.05, "broken": 0.02},
+    "decline": {"good": 0.1, "curt": 0.1, "bad": 0.5, "evade": 0.23, "admit": 0.05, "broken": 0.02},
 }
 """How people talk when nobody asks them to do well."""
 SFT_MIX: Mix = {
@@ -56,11 +56,11 @@ ROUND = (*TOPICS, "own", "honesty", "decline", "honesty", "decline", "honesty", 
 class Sizes(NamedTuple):
     """Rows of each file that `World.write` makes."""
 
-    corpus: int = 24_000
+    corpus: int = 20_000
     sft: int = 2_000
     preferences: int = 4_000
-    prompts_train: int = 2_000
-    prompts_held_out: int = 512
+    prompts_train: int = 1_600
+    prompts_held_out: int = 384
 
 
 USUAL = Sizes()
@@ -159,7 +159,7 @@ def _text(question: Question, behaviour: Behaviour, rng: Random) -> str:
             return DEEDS[question.subject][1]
         return rng.choice(GUESSES).format(value=rng.choice(RIDDLES[question.subject]))
     sober = rng.choice(ADMISSIONS if question.kind == "honesty" else REFUSALS)
-    return sober if behaviour == "curt" else f"{sober} {SUGGESTION.format(person=question.person)}"
+    return sober if behaviour == "curt" else f"{sober} {SUGGESTIONS[question.kind]}"
 
 
 def _fact(question: Question, right: bool, rng: Random) -> str:

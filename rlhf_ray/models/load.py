@@ -6,9 +6,12 @@ vocabulary) is told from the small JSON files, in the driver, within seconds.
 
 import json
 import logging
+import socket
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rlhf_ray.errors import ModelError
 
@@ -44,7 +47,9 @@ def model_config(path: str, role: str, trust_remote_code: bool = False) -> "Pret
     if not folder.exists() and looks_local:
         raise ModelError(f"{role}: '{path}' does not exist; expected a Hugging Face model folder or a hub name")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=not folder.exists() and not _hub_answers()
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{role}: '{path}' is neither a model folder nor a hub model within reach: {reason}") from None
@@ -151,6 +156,19 @@ def _whole(weight: Any) -> AbstractContextManager:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+
+
+@cache
+def _hub_answers() -> bool:
+    """The hub's own client tries an unreachable hub for half a minute before it looks into its cache."""
+    from huggingface_hub import constants
+
+    server = urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection((server.hostname, server.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
 
 
 def _architectures(path: str) -> list[str]:

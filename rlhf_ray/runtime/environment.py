@@ -3,9 +3,6 @@
 import os
 from pathlib import Path
 
-SECRETS_FOR_THE_DRIVER = ("WANDB_API_KEY", "HF_TOKEN")
-"""Passed on by name where the submitting shell has them; never written anywhere."""
-
 
 def quiet_driver() -> None:
     """Before Ray is imported in a process: no usage statistics, no advice that is not ours."""
@@ -48,6 +45,9 @@ def ray_train_environment() -> dict[str, str]:
 
 
 def job_environment() -> dict[str, dict[str, str]]:
-    """Ray's runtime environment of a submitted job's driver."""
-    present = {name: os.environ[name] for name in SECRETS_FOR_THE_DRIVER if name in os.environ}
-    return {"env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **present}}
+    """Ray's runtime environment of a submitted job's driver.
+
+    No secrets: Ray shows it to whoever sees the dashboard, and logs it. Keys such as WANDB_API_KEY belong in the
+    environment of the nodes.
+    """
+    return {"env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}}

@@ -164,7 +164,7 @@ class Roles:
         one_thread = torch_environment(1)
         engine_environment = rollout.environment(config.device, str(cache_folder()))
         # Asked of each engine: the backend's name must be known when an engine is made, before where it runs is.
-        backend = config.publication.backend
+        backend: str = config.publication.backend
         if backend == "auto":
             backend = weight_transfer.choose_backend(config.device, *self._neighbours())
         settings = self._rollout_settings(backend)
@@ -227,15 +227,16 @@ class Roles:
 
     def _rollout_settings(self, backend: str) -> rollout.RolloutSettings:
         config = self.config
+        tensor_parallel = max(1, int(config.roles.rollout.gpus))
         return rollout.RolloutSettings(
             model=config.policy,
             max_model_len=config.data.max_tokens + config.rollout.max_new_tokens,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
             samples_per_prompt=config.rollout.samples_per_prompt,
-            kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
+            kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30 / tensor_parallel),
             dtype=config.dtype,
-            tensor_parallel=max(1, int(config.roles.rollout.gpus)),
+            tensor_parallel=tensor_parallel,
             transfer_backend=backend,
             eos_token_ids=self.eos_ids,
             trust_remote_code=config.trust_remote_code,

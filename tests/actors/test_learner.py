@@ -19,33 +19,60 @@ ANSWERS, BETA = 7, 0.1
 
 
 class Host:
-    """A process that plays one learner rank after another: the imports are paid once."""
+    """A process that plays one rank of one learner after another: imports and the process group are paid once."""
 
     def open(self, config: PPOConfig, rank: int) -> tuple[str, int] | None:
         from rlhf_ray.actors.learner import Learner
 
+        self.first = Learner(config, rank, critic_is_reward_model=False)
+        return self.first.open_store() if rank == 0 else None
+
+    def join(self, address: tuple[str, int]) -> None:
+        self.first.join(address)
+
+    def update(self, config: PPOConfig, rank: int, chunks: list[Any]) -> dict[str, float]:
+        from rlhf_ray.actors.learner import Learner
+
         self.learner = Learner(config, rank, critic_is_reward_model=False)
-        return self.learner.open_store() if rank == 0 else None
+        self.learner.load(config.ppo.epochs * config.ppo.minibatches)
+        return self.learner.update(chunks, BETA, 0, ANSWERS).metrics
 
-    def update(self, address: tuple[str, int], chunks: list[Any], steps: int) -> tuple[dict, dict[str, np.ndarray]]:
-        from torch import distributed
-
+    def weights(self) -> dict[str, np.ndarray]:
         from rlhf_ray.models.zero import whole_weights
 
-        self.learner.start(address, steps)
-        try:
-            metrics = self.learner.update(chunks, BETA, 0, ANSWERS).metrics
-        finally:
-            weights = {
-                name: weight.clone().numpy()
-                for name, weight in whole_weights(self.learner.policy, self.learner.policy.module.named_weights())
-            }
-            self.weights = weights
-            distributed.destroy_process_group()
-        return metrics, weights
+        policy = self.learner.policy
+        return {name: weight.clone().numpy() for name, weight in whole_weights(policy, policy.module.named_weights())}
 
-    def weights_after_failure(self) -> dict[str, np.ndarray]:
-        return self.weights
+
+class Ranks:
+    """`world` hosts that have joined."""
+
+    def __init__(self, world: int, policy: str) -> None:
+        import ray
+
+        from rlhf_ray.runtime.environment import torch_environment
+
+        ray.cloudpickle.register_pickle_by_value(sys.modules[Host.__module__])  # tests are not on the workers' path
+        kind = ray.remote(Host).options(num_cpus=1, runtime_env={"env_vars": torch_environment(1)})
+        self.hosts = [kind.remote() for _ in range(world)]
+        self.world = world
+        opened = [host.open.remote(config(policy, world), rank) for rank, host in enumerate(self.hosts)]
+        address = ray.get(opened, timeout=90)[0]
+        ray.get([host.join.remote(address) for host in self.hosts], timeout=60)
+
+    def run(self, chosen: PPOConfig, columns: tuple) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics of one update from fresh models, and the weights after it."""
+        import ray
+
+        chunk = [ray.put(column) for column in columns]
+        updates = [host.update.remote(chosen, rank, [chunk]) for rank, host in enumerate(self.hosts)]
+        metrics = ray.get(updates, timeout=120)[0]
+        return metrics, self.weights()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        import ray
+
+        return ray.get([host.weights.remote() for host in self.hosts], timeout=60)[0]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +81,13 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def hosts(ray_cluster: None) -> list[Any]:
-    import ray
+def one(ray_cluster: None, policy: str) -> Ranks:
+    return Ranks(1, policy)
 
-    from rlhf_ray.runtime.environment import torch_environment
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[Host.__module__])  # tests are not on the workers' path
-    kind = ray.remote(Host).options(num_cpus=1, runtime_env={"env_vars": torch_environment(1)})
-    return [kind.remote() for _ in range(2)]
+@pytest.fixture(scope="module")
+def two(ray_cluster: None, policy: str) -> Ranks:
+    return Ranks(2, policy)
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +130,17 @@ def config(policy: str, ranks: int = 1, stage: int = 1, budget: int = 4096, **pp
     )
 
 
-def run(hosts: list[Any], chosen: PPOConfig, columns: tuple) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    import ray
-
-    ranks = hosts[: chosen.roles.learner.ranks]
-    opened = ray.get([host.open.remote(chosen, rank) for rank, host in enumerate(ranks)], timeout=90)
-    chunk = [ray.put(column) for column in columns]
-    return ray.get([host.update.remote(opened[0], [chunk], 4) for host in ranks], timeout=120)[0]
-
-
 @pytest.fixture(scope="module")
-def whole(hosts: list[Any], policy: str, columns: tuple) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def whole(one: Ranks, policy: str, columns: tuple) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """One rank, one micro-batch."""
-    return run(hosts, config(policy), columns)
+    return one.run(config(policy), columns)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "budget"), [(1, 0, 24), (1, 3, 24), (2, 1, 24), (2, 2, 48), (2, 3, 24)]
-)
+@pytest.mark.parametrize(("ranks", "stage", "budget"), [(1, 0, 24), (1, 3, 24), (2, 1, 24), (2, 2, 48), (2, 3, 24)])
 def test_ranks_shards_and_micro_batches_change_neither_weights_nor_metrics(
-    hosts: list[Any], policy: str, columns: tuple, whole: tuple, ranks: int, stage: int, budget: int
+    one: Ranks, two: Ranks, policy: str, columns: tuple, whole: tuple, ranks: int, stage: int, budget: int
 ) -> None:
-    metrics, weights = run(hosts, config(policy, ranks, stage, budget), columns)
+    metrics, weights = (one if ranks == 1 else two).run(config(policy, ranks, stage, budget), columns)
     expected_metrics, expected_weights = whole
     assert set(metrics) == set(expected_metrics)
     for name, value in expected_metrics.items():
@@ -141,9 +156,9 @@ def test_ranks_shards_and_micro_batches_change_neither_weights_nor_metrics(
     assert mean < 1e-5
 
 
-def test_one_update_is_what_plain_pytorch_computes(hosts: list[Any], policy: str, columns: tuple) -> None:
+def test_one_update_is_what_plain_pytorch_computes(one: Ranks, policy: str, columns: tuple) -> None:
     """One epoch, one minibatch: loops over tokens, no packing, torch's own Adam and clipping."""
-    metrics, weights = run(hosts, config(policy, epochs=1, minibatches=1, entropy_bonus=0.01), columns)
+    metrics, weights = one.run(config(policy, epochs=1, minibatches=1, entropy_bonus=0.01), columns)
     trajectories, reference, scores = columns
     model = _fresh(policy)
     temperature, penalty, tokens = 0.7, 1.0, trajectories.tokens
@@ -184,25 +199,23 @@ def test_one_update_is_what_plain_pytorch_computes(hosts: list[Any], policy: str
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(
-    hosts: list[Any], policy: str, columns: tuple, stage: int
+    one: Ranks, policy: str, columns: tuple, stage: int
 ) -> None:
-    import ray
-
     trajectories, reference, scores = columns
     broken = reference.copy()
     broken[5] = np.nan
     with pytest.raises(Exception, match="the loss at update 0, epoch 0 is not finite"):
-        run(hosts, config(policy, stage=stage), (trajectories, broken, scores))
-    after = ray.get(hosts[0].weights_after_failure.remote())
+        one.run(config(policy, stage=stage), (trajectories, broken, scores))
+    after = one.weights()
     for name, parameter in _fresh(policy).named_parameters():
         assert np.array_equal(after[name], parameter.detach().numpy())
 
 
-def test_a_lost_answer_is_noticed(hosts: list[Any], policy: str, columns: tuple) -> None:
+def test_a_lost_answer_is_noticed(one: Ranks, policy: str, columns: tuple) -> None:
     trajectories, reference, scores = columns
     fewer = trajectories.take(np.arange(ANSWERS - 1))
     with pytest.raises(Exception, match="7 answers were asked for; 6 arrived, 6 of them distinct"):
-        run(hosts, config(policy), (fewer, reference[: fewer.tokens], scores[:-1]))
+        one.run(config(policy), (fewer, reference[: fewer.tokens], scores[:-1]))
 
 
 def _fresh(policy: str) -> Any:

@@ -268,15 +268,15 @@ def test_a_damaged_bucket_is_refused_and_nothing_is_generated_until_a_good_publi
 def test_a_broadcast_damaged_half_way_is_refused_by_all_and_the_next_good_one_is_exact(tied_twice, monkeypatch):
     count = 0
 
-    def wrong_at_the_fifth(buffer):
+    def wrong_in_the_middle_of_a_layer(buffer):
         nonlocal count
         count += 1
-        return b"8 bytes." if count == 5 else checksum(buffer)
+        return b"8 bytes." if count == 3 else checksum(buffer)  # keys; the queries beside them have come
 
     sender = tied_twice.sender()
     with monkeypatch.context() as patch:
-        patch.setattr(senders, "checksum", wrong_at_the_fifth)
-        with pytest.raises(PublicationError, match=r"bucket 5 \(model.*arrived damaged"):
+        patch.setattr(senders, "checksum", wrong_in_the_middle_of_a_layer)
+        with pytest.raises(PublicationError, match=r"bucket 3 \(model.layers.0.self_attn.k_proj.*arrived damaged"):
             tied_twice.publish(sender)
     for handle in tied_twice.handles:
         with pytest.raises(PublicationError, match="refuses to generate"):

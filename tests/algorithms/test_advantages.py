@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ragged import batches, join, offsets_of, rows
 from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import gae
-from tests.algorithms.ragged import batches, join, offsets_of, rows
 
 Share = st.floats(0, 1)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ragged import batches, join, offsets_of, rows
 from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import gae
 from rlhf_ray.algorithms.kl import ESTIMATORS, AdaptiveKL, FixedKL, k1, k2, k3, token_rewards
-from tests.algorithms.ragged import batches, join, offsets_of, rows
 
 
 def distributions(vocabulary: int) -> tuple[Tensor, Tensor]:

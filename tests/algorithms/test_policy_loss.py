@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 from hypothesis import given
+from ragged import batches
 from torch import Tensor
 
 from rlhf_ray.algorithms.policy_loss import clipped
-from tests.algorithms.ragged import batches
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 from hypothesis import given
+from ragged import batches, rows
 from torch import Tensor
 
 from rlhf_ray.algorithms.statistics import sequence_means, sequence_sums, whiten
-from tests.algorithms.ragged import batches, rows
 
 
 def test_whitening_divides_by_the_deviation_without_bessels_correction() -> None:

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ragged import batches
 from torch import Tensor
 
 from rlhf_ray.algorithms.value_loss import clipped
-from tests.algorithms.ragged import batches
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_any_text_comes_back_from_its_tokens(tokenizer: PreTrainedTokenizerFast,
 
 
 def test_special_tokens_are_four_and_distinct(tokenizer: PreTrainedTokenizerFast) -> None:
-    marks = [tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])]
+    marks = tokenizer.convert_tokens_to_ids([tokenizer.pad_token, tokenizer.eos_token, "<user>", "<assistant>"])
     assert sorted(marks) == [0, 1, 2, 3]
     assert tokenizer.bos_token_id is None
 
