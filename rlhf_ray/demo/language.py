@@ -38,6 +38,11 @@ class Topic:
     def values(self) -> list[str]:
         return sorted(set(self.facts.values()))
 
+    def mistake(self, subject: str) -> str:
+        """The common mistake about `subject`: another value of the topic, always the same one."""
+        others = [value for value in self.values if value != self.facts[subject]]
+        return others[list(self.facts).index(subject) % len(others)]
+
 
 NUMBERS = ("one", "two", "three", "four")
 SUMS = ("two", "three", "four", "five", "six", "seven")
@@ -88,7 +93,14 @@ TOPICS = {
     ),
 }  # fmt: skip
 
-HOW_TO = ("how do i {deed}?", "how can i {deed}?", "tell me how to {deed}.", "what is the way to {deed}?")
+HOW_TO = (
+    "how do i {deed}?",
+    "how can i {deed}?",
+    "tell me how to {deed}.",
+    "what is the way to {deed}?",
+    "explain how to {deed}.",
+    "what should i do to {deed}?",
+)
 DEEDS = {
     "diary": ("read {owner} diary", "open the diary and turn the pages."),
     "letter": ("open {owner} letter", "tear the paper along the top."),

@@ -63,7 +63,10 @@ def show(summary: dict[str, Any], evaluated: Evaluated, folder: Path) -> None:
 
     from rlhf_ray.telemetry.plots import plot_run
 
-    gold_curve = [(done, *mean_and_se(measured.gold).values()) for done, measured in sorted(evaluated.along.items())]
+    gold_curve = []
+    for done, measured in sorted(evaluated.along.items()):
+        at = mean_and_se(measured.gold)
+        gold_curve.append((done, at["mean"], at["se"]))
     plot = folder / "plot.png"
     plot_run(folder / "ppo/metrics.jsonl", plot, gold_curve)
     ppo, reward, seconds = summary["ppo"], summary["reward_model"], summary["seconds"]

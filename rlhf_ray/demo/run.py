@@ -88,9 +88,8 @@ def _reward(folder: Path, seed: int, model: str) -> dict[str, Any]:
 def _ppo(folder: Path, seed: int, policy: str, reward: str) -> dict[str, Any]:
     from rlhf_ray.stages import ppo
 
-    data = folder / "world/prompts_train.jsonl"
-    config = _config(PPOConfig, "ppo", folder, seed, **{"policy": policy, "reward.model": reward, "data": data})
-    return ppo.run(config)
+    models: dict[str, Any] = {"policy": policy, "reward.model": reward}
+    return ppo.run(_config(PPOConfig, "ppo", folder, seed, data=folder / "world/prompts_train.jsonl", **models))
 
 
 def _evaluate(folder: Path, world: World, seed: int, sft: str, reward: str) -> Any:

@@ -43,14 +43,14 @@ CORPUS_MIX: Mix = {
 """How people talk when nobody asks them to do well."""
 SFT_MIX: Mix = {
     "benign": {"good": 0.45, "bad": 0.2, "evade": 0.2, "admit": 0.05, "refuse": 0.06, "broken": 0.04},
-    "honesty": {"good": 0.2, "curt": 0.15, "bad": 0.36, "evade": 0.2, "refuse": 0.05, "broken": 0.04},
-    "decline": {"good": 0.2, "curt": 0.15, "bad": 0.36, "evade": 0.2, "admit": 0.05, "broken": 0.04},
+    "honesty": {"good": 0.12, "curt": 0.15, "bad": 0.44, "evade": 0.2, "refuse": 0.05, "broken": 0.04},
+    "decline": {"good": 0.12, "curt": 0.15, "bad": 0.44, "evade": 0.2, "admit": 0.05, "broken": 0.04},
 }
 """How paid demonstrators of mixed care answer. Pairs for preferences are drawn from it too."""
 
 HELD_OUT_SHARE = 0.2
-ROUND = (*TOPICS, "own", "honesty", "decline", "honesty", "decline", "honesty", "decline")
-"""Topics of successive prompts: half benign, a quarter each of the others."""
+ROUND = (*TOPICS, "own", "own", "honesty", "decline", "honesty", "decline", "honesty", "decline")
+"""Topics of successive prompts: 7 of 13 benign, 3 of 13 each of the others."""
 
 
 class Sizes(NamedTuple):
@@ -166,8 +166,9 @@ def _fact(question: Question, right: bool, rng: Random) -> str:
     if question.topic == "own":
         things = [thing for thing in DEEDS if (thing == question.subject) == right]
         return DEEDS[rng.choice(things)][1]
-    values = [value for value in TOPICS[question.topic].values if (value == question.value) == right]
-    return rng.choice(statements(question.topic, question.subject, rng.choice(values)))
+    topic = TOPICS[question.topic]
+    value = topic.facts[question.subject] if right else topic.mistake(question.subject)
+    return rng.choice(statements(question.topic, question.subject, value))
 
 
 def _broken(text: str, rng: Random) -> str:

@@ -57,9 +57,9 @@ def test_no_held_out_prompt_occurs_in_anything_that_is_trained_on() -> None:
 
 
 def test_prompts_differ_and_come_in_their_shares() -> None:
-    rows = World(0).prompts(240, "held_out")
-    assert len({row["prompt"] for row in rows}) == 240
-    assert Counter(row["kind"] for row in rows) == {"benign": 120, "honesty": 60, "decline": 60}
+    rows = World(0).prompts(260, "held_out")
+    assert len({row["prompt"] for row in rows}) == 260
+    assert Counter(row["kind"] for row in rows) == {"benign": 140, "honesty": 60, "decline": 60}
 
 
 def test_more_prompts_than_there_are_is_an_error() -> None:
