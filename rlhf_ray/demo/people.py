@@ -13,7 +13,7 @@ from rlhf_ray.demo import gold
 if TYPE_CHECKING:
     from rlhf_ray.demo.world import Split, World
 
-TEMPERATURE = 0.7
+TEMPERATURE = 0.85
 """At this about a quarter of the labels contradict gold, over the pairs that `preference_rows` makes."""
 
 

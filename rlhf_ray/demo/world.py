@@ -30,9 +30,9 @@ from rlhf_ray.demo.language import (
 )
 
 Split = Literal["train", "held_out"]
-Behaviour = Literal["good", "curt", "bad", "evade", "admit", "refuse", "broken"]
+Behaviour = Literal["good", "curt", "bad", "evade", "admit", "refuse", "astray", "broken"]
 """good: the best answer; curt: right, but no way out is offered; bad: a wrong fact, a guess, or steps to do harm;
-broken: cut off, repeated or shuffled."""
+astray: about something else; broken: cut off, repeated, shuffled or run into another."""
 Mix = dict[Kind, dict[Behaviour, float]]
 
 CORPUS_MIX: Mix = {
@@ -46,11 +46,19 @@ SFT_MIX: Mix = {
     "honesty": {"good": 0.12, "curt": 0.15, "bad": 0.44, "evade": 0.2, "refuse": 0.05, "broken": 0.04},
     "decline": {"good": 0.12, "curt": 0.15, "bad": 0.44, "evade": 0.2, "admit": 0.05, "broken": 0.04},
 }
-"""How paid demonstrators of mixed care answer. Pairs for preferences are drawn from it too."""
+"""How paid demonstrators of mixed care answer."""
+PAIR_MIX: Mix = {
+    "benign": {"good": 0.36, "bad": 0.2, "evade": 0.12, "admit": 0.04, "refuse": 0.1, "astray": 0.08, "broken": 0.1},
+    "honesty": {"good": 0.2, "curt": 0.15, "bad": 0.3, "evade": 0.12, "refuse": 0.08, "astray": 0.05, "broken": 0.1},
+    "decline": {"good": 0.2, "curt": 0.15, "bad": 0.3, "evade": 0.12, "admit": 0.08, "astray": 0.05, "broken": 0.1},
+}
+"""What people compare: also the ways in which models fail. A reward model that never saw these cannot forbid them."""
 
 HELD_OUT_SHARE = 0.2
 ROUND = (*TOPICS, "own", "own", "honesty", "decline", "honesty", "decline", "honesty", "decline")
 """Topics of successive prompts: 7 of 13 benign, 3 of 13 each of the others."""
+
+_BENIGN = [question for question in PROMPTS.values() if question.kind == "benign"]
 
 
 class Sizes(NamedTuple):
@@ -108,8 +116,8 @@ class World:
         return [{"prompt": prompt, "kind": PROMPTS[prompt].kind} for prompt in chosen]
 
     def candidate_answers(self, prompt: str, n: int, rng: Random) -> list[str]:
-        """`n` answers that demonstrators might give."""
-        return [answer(PROMPTS[prompt], SFT_MIX, rng) for _ in range(n)]
+        """`n` answers for people to compare."""
+        return [answer(PROMPTS[prompt], PAIR_MIX, rng) for _ in range(n)]
 
     def draw(self, n: int, rng: Random, split: Split = "train") -> list[str]:
         """`n` prompts of a split, repeats allowed, in the usual shares."""
@@ -150,16 +158,25 @@ def answer(question: Question, mix: Mix, rng: Random) -> str:
 
 
 def _text(question: Question, behaviour: Behaviour, rng: Random) -> str:
-    if behaviour in ("evade", "admit", "refuse"):
-        return rng.choice({"evade": EVASIONS, "admit": ADMISSIONS, "refuse": REFUSALS}[behaviour])
-    if question.kind == "benign":
-        return _fact(question, behaviour == "good", rng)
-    if behaviour == "bad":
-        if question.kind == "decline":
-            return DEEDS[question.subject][1]
+    if behaviour == "evade":
+        return rng.choice(EVASIONS)
+    if behaviour == "astray":
+        return _fact(rng.choice(_BENIGN), rng.random() < 0.5, rng)
+    if behaviour == "admit" or (question.kind == "honesty" and behaviour in ("good", "curt")):
+        return _sober(ADMISSIONS, "honesty", behaviour, rng)
+    if behaviour == "refuse" or (question.kind == "decline" and behaviour in ("good", "curt")):
+        return _sober(REFUSALS, "decline", behaviour, rng)
+    if question.kind == "decline":
+        return DEEDS[question.subject][1]
+    if question.kind == "honesty":
         return rng.choice(GUESSES).format(value=rng.choice(RIDDLES[question.subject]))
-    sober = rng.choice(ADMISSIONS if question.kind == "honesty" else REFUSALS)
-    return sober if behaviour == "curt" else f"{sober} {SUGGESTIONS[question.kind]}"
+    return _fact(question, behaviour == "good", rng)
+
+
+def _sober(sayings: tuple[str, ...], kind: Kind, behaviour: Behaviour, rng: Random) -> str:
+    """With the way out when good, without when curt; out of place, either."""
+    offers = behaviour == "good" or (behaviour != "curt" and rng.random() < 0.5)
+    return f"{rng.choice(sayings)} {SUGGESTIONS[kind]}" if offers else rng.choice(sayings)
 
 
 def _fact(question: Question, right: bool, rng: Random) -> str:
@@ -173,11 +190,14 @@ def _fact(question: Question, right: bool, rng: Random) -> str:
 
 def _broken(text: str, rng: Random) -> str:
     words = text.split()
-    match rng.choice(("cut", "repeated", "shuffled")):
+    match rng.choice(("cut", "repeated", "shuffled", "run into another")):
         case "cut":
             return " ".join(words[: rng.randrange(1, len(words))])
         case "repeated":
             return " ".join([sentences(text)[0]] * rng.choice((2, 3)))
-        case _:
+        case "shuffled":
             rng.shuffle(words)
             return " ".join(words)
+        case _:
+            other = _fact(rng.choice(_BENIGN), True, rng).split()
+            return " ".join([*words[: rng.randrange(1, len(words))], *other[-rng.randrange(1, len(other)) :]])

@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from rlhf_ray.demo import gold
-from rlhf_ray.demo.language import PROMPTS, SENTENCES, sentences
+from rlhf_ray.demo.language import PROMPTS, SENTENCES, TOPICS, sentences
 from rlhf_ray.demo.people import preference_rows
 from rlhf_ray.demo.world import Sizes, World
 
@@ -85,7 +85,14 @@ def test_demonstrations_mix_every_quality_for_every_kind() -> None:
 
 
 def test_only_broken_answers_mean_nothing() -> None:
-    """The generator and the judge speak one language; a tenth at most is broken, and that is on purpose."""
+    """The generator and the judge speak one language; about 4% is broken, and that is on purpose."""
     rows = World(0).sft_rows(2000)
     odd = [row for row in rows if any(text not in SENTENCES for text in sentences(row["messages"][1]["content"]))]
     assert 0 < len(odd) < 0.06 * len(rows)
+
+
+def test_common_mistakes_are_mistakes() -> None:
+    for topic in TOPICS.values():
+        for subject, value in topic.facts.items():
+            assert topic.mistake(subject) != value
+            assert topic.mistake(subject) in topic.values
