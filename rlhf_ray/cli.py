@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlhf_ray.errors import ConfigError, RLHFError, StopRequested
+from rlhf_ray.runtime.environment import in_uploaded_directory
 
 
 class _Group(TyperGroup):
@@ -106,12 +107,7 @@ def submit(
     """Send a run to a cluster, with the current directory, and follow its log."""
     stage = stage or _stage_of(config)
     resolved = _load(stage, config, overrides)  # a fault shows here, not after the upload
-    if not Path(resolved.output_dir).is_absolute():
-        print(
-            f"note: output_dir '{resolved.output_dir}' is relative, so the run's folder will lie in the job's own "
-            "directory on the cluster; output_dir=/a/shared/folder keeps it",
-            file=sys.stderr,
-        )
+    _check_outlives_the_job(resolved, config)
     from rlhf_ray.runtime.submit import submit as submit_job
 
     raise typer.Exit(submit_job(config, stage.value, overrides or [], address, Path.cwd()))
@@ -139,6 +135,8 @@ def main() -> NoReturn:
 
 def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, address: str | None) -> None:
     config = _load(stage, path, overrides)
+    if in_uploaded_directory():
+        _check_outlives_the_job(config, path)
     if dry_run:
         from rlhf_ray.config.plan import plan, render
 
@@ -147,6 +145,15 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
     # `run(config, address) -> summary` in rlhf_ray/stages/{sft,reward,ppo}.py
     summary = import_module(f"rlhf_ray.stages.{stage}").run(config, address)
     print(json.dumps(summary, indent=2, default=str))
+
+
+def _check_outlives_the_job(config: Any, path: Path) -> None:
+    """Results in the job's copy of the uploaded directory would be deleted with it, hours of training among them."""
+    if not Path(config.output_dir).is_absolute():
+        raise ConfigError(
+            f"{path}: output_dir '{config.output_dir}' is relative, so a job's results would lie in its copy of the "
+            "uploaded directory, which Ray deletes; add output_dir=/a/folder/that/all/nodes/share"
+        )
 
 
 def _load(stage: Stage, path: Path, overrides: list[str] | None) -> Any:

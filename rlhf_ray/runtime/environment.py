@@ -47,10 +47,24 @@ def ray_train_environment() -> dict[str, str]:
     }
 
 
+STOP_WITHIN_S = 120
+"""How long `ray job stop` lets a job save what it has; Ray's own 3 s would kill it in the middle."""
+
+
 def job_environment() -> dict[str, dict[str, str]]:
     """Ray's runtime environment of a submitted job's driver.
 
     No secrets: Ray shows it to whoever sees the dashboard, and logs it. Keys such as WANDB_API_KEY belong in the
     environment of the nodes.
     """
-    return {"env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}}
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WITHIN_S),  # read by the job's supervisor, which starts with these too
+    }
+    return {"env_vars": variables}
+
+
+def in_uploaded_directory() -> bool:
+    """Whether this process stands in Ray's copy of a job's directory, which Ray deletes when it wants the space."""
+    return "working_dir_files" in Path.cwd().parts
