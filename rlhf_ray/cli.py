@@ -142,6 +142,8 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
 
         print(render(plan(config)))
         return
+    # A reward function may lie in the current directory, where Ray's workers look for modules as well.
+    sys.path.append(str(Path.cwd()))
     # `run(config, address) -> summary` in rlhf_ray/stages/{sft,reward,ppo}.py
     summary = import_module(f"rlhf_ray.stages.{stage}").run(config, address)
     print(json.dumps(summary, indent=2, default=str))

@@ -1,10 +1,17 @@
 """What several rooms' tests share: tiny models as folders, one Ray for the whole session."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+
+# Ray keeps the first token that a process uses: the local Ray of one test and the head node of another have to agree.
+TOKEN = Path(tempfile.mkdtemp(prefix="rlhf-ray-tests-")) / "token"
+TOKEN.write_text("a" * 64)
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(TOKEN)}
 
 
 @pytest.fixture(scope="session")

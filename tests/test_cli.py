@@ -10,7 +10,7 @@ from rlhf_ray import cli
 from rlhf_ray.errors import ResourceError, StopRequested
 
 ROOT = Path(__file__).parents[1]
-CLUSTER_CONFIGS = sorted((ROOT / "configs" / "ppo").glob("*.yaml"))
+CLUSTER_CONFIGS = sorted((ROOT / "configs/ppo").glob("llama-*.yaml"))
 HEAVY = {"torch", "ray", "transformers", "vllm", "deepspeed", "numpy", "datasets", "wandb"}
 
 
@@ -172,9 +172,17 @@ def test_submit_asks_for_the_stage_where_the_folder_does_not_tell(
 ) -> None:
     assert in_process(monkeypatch, "submit", ppo_yaml, "--address", "http://h") == 2
     assert "give --stage" in capsys.readouterr().err
-    assert in_process(monkeypatch, "submit", ppo_yaml, "--address", "http://h", "--stage", "ppo") == 3
-    assert "output_dir 'runs' is relative" in capsys.readouterr().err
+    line = ["submit", ppo_yaml, "output_dir=/shared", "--address", "http://h", "--stage", "ppo"]
+    assert in_process(monkeypatch, *line) == 3
     assert [arguments[1] for arguments in submitted] == ["ppo"]
+
+
+def test_submit_refuses_a_run_whose_results_would_be_deleted_with_the_upload(
+    submitted: list[tuple], ppo_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(monkeypatch, "submit", ppo_yaml, "--address", "http://h", "--stage", "ppo") == 2
+    assert "output_dir 'runs' is relative" in capsys.readouterr().err
+    assert submitted == []
 
 
 def test_submit_finds_a_fault_before_it_uploads(

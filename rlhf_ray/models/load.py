@@ -36,8 +36,6 @@ def quiet() -> None:
 
 def model_config(path: str, role: str, trust_remote_code: bool = False) -> "PretrainedConfig":
     """config.json of a model. Raises ModelError when there is none; `role` names the place in the configuration."""
-    from transformers import AutoConfig
-
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(f"{role}: '{path}' has no config.json, so it is not a Hugging Face model folder")
@@ -46,6 +44,8 @@ def model_config(path: str, role: str, trust_remote_code: bool = False) -> "Pret
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not folder.exists() and looks_local:
         raise ModelError(f"{role}: '{path}' does not exist; expected a Hugging Face model folder or a hub name")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=not folder.exists() and not _hub_answers()

@@ -28,10 +28,14 @@ def write(
         )
     aside = folder / (name + UNFINISHED)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save(aside)
-    (aside / "state.json").write_text(json.dumps(state, indent=1))
-    _sync(aside)
+    try:
+        aside.mkdir()
+        save(aside)
+        (aside / "state.json").write_text(json.dumps(state, indent=1))
+        _sync(aside)
+    except OSError as error:
+        what = f"checkpoint '{folder / name}'"
+        raise ResourceError(f"{what} cannot be written: {error}; the last checkpoint is untouched") from error
     final = folder / name
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)

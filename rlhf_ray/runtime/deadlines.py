@@ -1,11 +1,13 @@
 """No wait without a deadline, and no failure of an actor without its name and its own words."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray import exceptions
 
+from rlhf_ray import errors
 from rlhf_ray.errors import DeadlineError, RLHFError, TrainingError
 from rlhf_ray.runtime.interrupts import Interrupt
 
@@ -38,16 +40,58 @@ def late(who: str, doing: str, deadline_s: float) -> DeadlineError:
 
 
 def explained(error: BaseException, who: str, doing: str) -> RLHFError:
-    """The error a person can act on, inside the one that Ray raised."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, RLHFError) and not isinstance(cause, exceptions.RayError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    if isinstance(error, exceptions.RayActorError):
-        return TrainingError(f"{who} died while {doing}: {_first_lines(error)}")
-    inner = getattr(error, "cause", None) or error
-    return TrainingError(f"{who} failed while {doing}: {type(inner).__name__}: {_first_lines(inner)}")
+    """The error a person can act on, inside the one that Ray raised.
+
+    The actor that failed need not be the one that was asked: a learner that waits for a score fails with its scorer.
+    """
+    root = _root(error)
+    if isinstance(root, RLHFError):
+        return root
+    if isinstance(root, exceptions.ActorDiedError) and root.actor_init_failed:
+        return _in_own_words(_after_traceback(str(root)), who, doing)
+    if isinstance(root, exceptions.RayActorError):
+        return _died(str(root), who, doing)
+    return TrainingError(f"{who} failed while {doing}: {type(root).__name__}: {_first_lines(root)}")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The innermost cause; the first that is ours, if there is one."""
+    while True:
+        if isinstance(error, RLHFError) and not isinstance(error, exceptions.RayError):
+            return error
+        cause = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(cause, BaseException):
+            return error
+        error = cause
+
+
+def _died(said: str, who: str, doing: str) -> TrainingError:
+    """From Ray's list of facts about an actor that is no more, its class, process and machine first of all."""
+    facts = dict(re.findall(r"^\t(class_name|pid|ip): (\S+)$", said, re.MULTILINE))
+    actor = f"{facts['class_name']} (pid {facts.get('pid')} on {facts.get('ip')})" if "class_name" in facts else who
+    why = said.strip().splitlines()[-1].partition(" Some common causes")[0]
+    return TrainingError(
+        f"{actor} died while {doing}: {why} Usual causes are memory that ran out (look into `dmesg`) and a crash (look "
+        "into the logs of the Ray session)"
+    )
+
+
+def _after_traceback(said: str) -> str:
+    """`package.Kind: message`, which ends a traceback; lines of the traceback itself are indented."""
+    message: list[str] = []
+    for line in reversed(said.strip().splitlines()):
+        if line.startswith(" "):
+            break
+        message.insert(0, line)
+    return "\n".join(message)
+
+
+def _in_own_words(said: str, who: str, doing: str) -> RLHFError:
+    """An error that an actor raised as it was made; Ray passes on its text alone."""
+    kind, _, message = said.partition(": ")
+    module, _, name = kind.rpartition(".")
+    ours = getattr(errors, name, None) if module == errors.__name__ else None
+    return ours(message) if ours else TrainingError(f"{who} failed while {doing}: {said}")
 
 
 def _first_lines(error: BaseException, lines: int = 6) -> str:

@@ -51,9 +51,11 @@ def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
 
             steps = config.ppo.updates * config.ppo.epochs * config.ppo.minibatches
             with Roles(config, inputs.eos_ids, canary(inputs.prompts), steps) as roles:
-                with _saved_when_stopped(config, roles, tracker):
-                    summary = train(config, inputs, roles, tracker)
+                totals = Totals()
+                with _saved_when_stopped(config, roles, tracker, totals):
+                    train(config, inputs, roles, tracker, totals)
                 roles.check_reference()
+        summary = totals.summary()
         tracker.summary(summary)
         return summary
 
@@ -77,13 +79,12 @@ def prepare(config: PPOConfig, folder: Path) -> Inputs:
     return Inputs(tokenizer, load.eos_ids(config.policy, tokenizer), prompts)
 
 
-def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker) -> dict[str, Any]:
-    """Every update of the run. Returns the summary."""
+def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, totals: "Totals") -> None:
+    """Every update of the run. What it comes to is added up in `totals`."""
     ppo, rollout = config.ppo, config.rollout
     order = SampleOrder(len(inputs.prompts), config.seed)
     controller = kl_controller(config)
     clock = PhaseClock()
-    totals = Totals()
     roles.publish(0)
     progress = tracker.progress(ppo.updates, "PPO")
     for update in range(ppo.updates):
@@ -115,7 +116,6 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker) -
             reward=metrics["objective/scores"], kl=metrics["objective/kl"], tokens_per_s=metrics["tokens/per_s"]
         )
     interrupts.Interrupt.check()
-    return totals.summary(config.ppo.updates)
 
 
 def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
@@ -180,7 +180,7 @@ class Totals:
         self.last = metrics
         return self.tokens
 
-    def summary(self, updates: int) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         return {
             "updates": self.updates,
             "tokens": int(self.tokens),
@@ -209,12 +209,12 @@ def _check_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> No
 
 
 @contextmanager
-def _saved_when_stopped(config: PPOConfig, roles: "Roles", tracker: Tracker) -> Iterator[None]:
+def _saved_when_stopped(config: PPOConfig, roles: "Roles", tracker: Tracker, totals: Totals) -> Iterator[None]:
     """A stop that was asked for saves the policy as it is before it goes on its way."""
     try:
         yield
     except StopRequested as stop:
         with interrupts.Interrupt.deferred():
             roles.ask_stop()
-            policy = save(config, roles, tracker, -1, {}, name="stopped")
+            policy = save(config, roles, tracker, totals.updates, {}, name="stopped")
         raise StopRequested(f"{stop}; the policy as it was is saved in '{policy}'") from None

@@ -51,9 +51,10 @@ class Cluster(NamedTuple):
 
     def wait_for_no_actors(self) -> None:
         """Killed actors are gone a moment after the job is over, its supervisor among them."""
-        wait_until(lambda: not self._alive(), 30)
+        wait_until(lambda: not self.actors(), 30)
 
-    def _alive(self) -> list[str]:
+    def actors(self) -> list[str]:
+        """Classes of the actors that live or are about to."""
         actors = self._ask("api/v0/actors")["data"]["result"]["result"]
         return [actor["class_name"] for actor in actors if actor["state"] != "DEAD"]
 
@@ -132,6 +133,7 @@ def test_a_job_of_rays_own_command_is_stopped_half_way_and_saves_what_it_has(clu
     submitted = cluster.command(*line)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     wait_until(lambda: rows(folder / "metrics.jsonl") or cluster.is_over(job))
+    assert {"JobSupervisor", "RolloutEngine", "Reference", "RewardModel", "Learner"} <= set(cluster.actors())
 
     stopped = cluster.command("ray", "job", "stop", "--address", cluster.address, job)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr

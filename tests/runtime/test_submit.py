@@ -19,7 +19,10 @@ from rlhf_ray.runtime.submit import check_answers, submit
 STAND_IN = """#!/bin/sh
 for argument in "$@"; do echo "argument <$argument>"; done
 cat "$2"; find . -type f
-case "$3" in fail) exit 7 ;; wait) echo waiting; exec sleep 600 ;; esac
+case "$3" in
+fail) exit 7 ;;
+wait) trap 'sleep 5; echo saved; exit 130' TERM; echo waiting; while :; do sleep 0.1; done ;;
+esac
 """
 
 
@@ -44,14 +47,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = Path(tmp_path_factory.mktemp("head"))
     (home / "rlhf-ray").write_text(STAND_IN)
     (home / "rlhf-ray").chmod(0o755)
-    (home / "token").write_text("a" * 64)
     # Ray's sockets lie below its folder, and their paths have to be short.
     folder = Path("/tmp") / f"rr{os.getpid()}"
     patch = pytest.MonkeyPatch()
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         patch.delenv(name, raising=False)
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
     dashboard = free_port()
     options = {
         "port": free_port(),
@@ -121,7 +121,7 @@ def test_a_job_that_fails_gives_a_code_that_is_not_zero(
 
 
 @pytest.mark.real
-def test_a_job_that_somebody_stops_gives_a_code_that_is_not_zero(
+def test_a_job_that_somebody_stops_may_save_first_and_gives_a_code_that_is_not_zero(
     cluster: str, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.job_submission import JobSubmissionClient
@@ -145,7 +145,9 @@ def test_a_job_that_somebody_stops_gives_a_code_that_is_not_zero(
     stopper = threading.Thread(target=stop, daemon=True)
     stopper.start()
     assert submit(project / "configs/ppo/my run.yaml", "ppo", ["wait"], cluster, project) == 1
-    assert "STOPPED" in capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.splitlines()
+    assert "saved" in said  # five seconds after the signal: Ray's own grace is three
+    assert "STOPPED" in said[-1]
 
 
 def test_a_configuration_that_would_not_be_uploaded_is_refused(project: Path, tmp_path: Path) -> None:
