@@ -1,4 +1,4 @@
-"""The command line as a person has it: a directory with models, prompts and `run.yaml`; what a command says and leaves."""
+"""The command line as a person has it: a directory with models, prompts and `run.yaml`, and what a command leaves."""
 
 import json
 import os
