@@ -41,7 +41,9 @@ def head_node(cpus: int, environment: dict[str, str]) -> Iterator[str]:
         "object-store-memory": 100_000_000,
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    line = [BIN / "ray", "start", "--head", "--disable-usage-stats", "--block", *flags]
+    # A test run that is killed comes to no `finally`; then the kernel ends the head, and the head its processes.
+    tied = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    line = [*tied, BIN / "ray", "start", "--head", "--disable-usage-stats", "--block", *flags]
     log = folder / "log"
     with log.open("wb") as out:
         head = subprocess.Popen(line, stdout=out, stderr=out, env=environment, start_new_session=True)

@@ -96,11 +96,17 @@ def imported(path: str) -> ScoreText:
     if not colon:
         raise RewardError(f"reward.function '{path}': expected package.module:name")
     try:
-        function = getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ImportError as error:
-        raise RewardError(f"reward.function '{path}': cannot import '{module}': {error}") from None
-    except AttributeError:
-        raise RewardError(f"reward.function '{path}': module '{module}' has no '{name}'") from None
+        raise RewardError(
+            f"reward.function '{path}': cannot import '{module}': {error}. Modules are looked for in the current "
+            "directory and among installed packages"
+        ) from None
+    except Exception as error:
+        raise RewardError(f"reward.function '{path}': '{module}' raised {type(error).__name__}: {error}") from error
+    function = getattr(found, name, None)
+    if function is None:
+        raise RewardError(f"reward.function '{path}': module '{module}' has no '{name}'")
     if not callable(function):
         raise RewardError(f"reward.function '{path}': '{name}' is not callable")
     return function

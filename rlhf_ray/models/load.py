@@ -87,7 +87,7 @@ def check_vocabulary(tokens: "PreTrainedTokenizerBase", config: "PretrainedConfi
     if len(tokens) > config.vocab_size:
         raise ModelError(
             f"{role}: the tokenizer of '{path}' has {len(tokens)} tokens, but the model's vocab_size is "
-            f"{config.vocab_size}; they do not belong together"
+            f"{config.vocab_size}: they do not belong together. Put the tokenizer there that the model was trained with"
         )
 
 
@@ -112,7 +112,9 @@ def check_reward_model(config: "PretrainedConfig", path: str) -> None:
             "model with one output, such as `rlhf-ray reward` writes"
         )
     if config.num_labels != 1:
-        raise ModelError(f"reward.model: '{path}' has {config.num_labels} outputs; a reward model has exactly one")
+        raise ModelError(
+            f"reward.model: '{path}' has {config.num_labels} outputs; expected exactly one, as `rlhf-ray reward` trains"
+        )
 
 
 def causal_lm(path: str, device: "Device", trust_remote_code: bool = False) -> "PreTrainedModel":

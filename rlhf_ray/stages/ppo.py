@@ -71,7 +71,7 @@ def prepare(config: PPOConfig, folder: Path) -> Inputs:
     if longest > context:
         raise ModelError(
             f"policy '{config.policy}' has a context of {context} tokens; data.max_tokens {config.data.max_tokens} + "
-            f"rollout.max_new_tokens {config.rollout.max_new_tokens} = {longest} do not fit"
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens} = {longest} do not fit; lower one of them"
         )
     _check_reward(config, tokenizer)
     quarantine = Quarantine(folder / "quarantine.jsonl")
