@@ -42,6 +42,7 @@ app = typer.Typer(
 class Stage(StrEnum):
     sft = "sft"
     reward = "reward"
+    dpo = "dpo"
     ppo = "ppo"
 
 
@@ -74,9 +75,25 @@ def reward(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = Fa
 
 
 @app.command()
+def dpo(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Train a policy on preferences directly, without a reward model."""
+    _run(Stage.dpo, config, overrides, dry_run, address)
+
+
+@app.command()
 def ppo(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
     """Raise a policy's reward by PPO, kept near its reference."""
     _run(Stage.ppo, config, overrides, dry_run, address)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="runs/NAME/evidence/UPDATE", show_default=False)],
+) -> None:
+    """Look again, on one process, at a batch that broke an invariant of a run."""
+    from rlhf_ray.stages.replay import replay as look
+
+    print(look(folder))
 
 
 @app.command()
@@ -101,7 +118,7 @@ def submit(
     ],
     overrides: Overrides = None,
     stage: Annotated[
-        Stage | None, typer.Option(help="Without: the configuration's folder, as in configs/ppo/run.yaml.")
+        Stage | None, typer.Option(help="Without: the configuration's folder or name, as in configs/ppo/run.yaml.")
     ] = None,
 ) -> None:
     """Send a run to a cluster, with the current directory, and follow its log."""
@@ -144,7 +161,7 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
         return
     # A reward function may lie in the current directory, where Ray's workers look for modules as well.
     sys.path.append(str(Path.cwd()))
-    # `run(config, address) -> summary` in rlhf_ray/stages/{sft,reward,ppo}.py
+    # `run(config, address) -> summary` in rlhf_ray/stages/{sft,reward,dpo,ppo}.py
     summary = import_module(f"rlhf_ray.stages.{stage}").run(config, address)
     print(json.dumps(summary, indent=2, default=str))
 
@@ -161,19 +178,24 @@ def _check_outlives_the_job(config: Any, path: Path) -> None:
 def _load(stage: Stage, path: Path, overrides: list[str] | None) -> Any:
     from rlhf_ray.config.load import load
     from rlhf_ray.config.ppo import PPOConfig
-    from rlhf_ray.config.supervised import RewardConfig, SFTConfig
+    from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SFTConfig
 
-    kinds: dict[Stage, Any] = {Stage.sft: SFTConfig, Stage.reward: RewardConfig, Stage.ppo: PPOConfig}
+    kinds: dict[Stage, Any] = {
+        Stage.sft: SFTConfig,
+        Stage.reward: RewardConfig,
+        Stage.dpo: DPOConfig,
+        Stage.ppo: PPOConfig,
+    }
     return load(kinds[stage], path, overrides)
 
 
 def _stage_of(config: Path) -> Stage:
-    folder = config.resolve().parent.name
-    if folder not in Stage.__members__:
-        raise ConfigError(
-            f"{config}: which stage is it? Its folder '{folder}' is none of {', '.join(Stage)}; give --stage"
-        )
-    return Stage(folder)
+    for name in (config.resolve().parent.name, config.stem):
+        if name in Stage.__members__:
+            return Stage(name)
+    raise ConfigError(
+        f"{config}: which stage is it? Neither its folder nor it is named {', '.join(Stage)}; give --stage"
+    )
 
 
 if __name__ == "__main__":

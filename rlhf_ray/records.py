@@ -61,16 +61,22 @@ class Ragged:
         return np.diff(self.offsets)
 
 
+def id_type(vocabulary: int) -> type[np.integer]:
+    """The smallest type that holds every token id: ids are half of what crosses the wire, and most vocabularies of
+    small models fit two bytes."""
+    return np.uint16 if vocabulary <= 2**16 else np.int32
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """A chunk of B finished answers to G prompts, as a rollout engine hands them on. N tokens were generated."""
 
     prompts: Ragged
-    """int32 ids of G prompts, each stored once."""
+    """Token ids of G prompts, each stored once."""
     prompt_of: Int32
     """[B] which of the chunk's prompts an answer belongs to."""
     responses: Ragged
-    """int32 ids of B answers, N in all; the EOS token included where it was sampled."""
+    """Token ids of B answers, N in all; the EOS token included where it was sampled."""
     sampler_logprobs: Float32
     """[N] log-probability of each token as the engine sampled it, at the sampling temperature."""
     finish: NDArray[np.uint8]
@@ -79,6 +85,8 @@ class Trajectories:
     """[B] unique in a run: prompt position in the data order times samples per prompt, plus the sample's number."""
     weight_version: Int32
     """[B] version of the weights that produced the answer."""
+    top_ids: NDArray
+    """[N, k] ids of the k likeliest tokens at each place, by the sampler; k is 0 where nobody asks for them."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -113,6 +121,7 @@ class Trajectories:
             finish=self.finish[rows],
             sample_ids=self.sample_ids[rows],
             weight_version=self.weight_version[rows],
+            top_ids=self.top_ids[places],
         )
 
     @classmethod
@@ -127,9 +136,42 @@ class Trajectories:
             responses=_join([chunk.responses for chunk in chunks]),
             **{
                 name: np.concatenate([getattr(chunk, name) for chunk in chunks])
-                for name in ("sampler_logprobs", "finish", "sample_ids", "weight_version")
+                for name in ("sampler_logprobs", "finish", "sample_ids", "weight_version", "top_ids")
             },
         )
+
+
+def no_columns(tokens: int) -> Float32:
+    """[N, 0]: a column that nobody asks for."""
+    return np.empty((tokens, 0), np.float32)
+
+
+@dataclass(frozen=True)
+class ReferenceColumns:
+    """What the reference says of the N response tokens of a chunk. A form that the KL does not need has width 0."""
+
+    logprobs: Float32
+    """[N] log-probability of each token, at the sampling temperature."""
+    top_logprobs: Float32
+    """[N, k] log-probabilities of the trajectories' `top_ids`."""
+    hidden: NDArray
+    """[N, H] final hidden states that predict each token, after the last norm; float32, or bf16 as its raw uint16."""
+
+    @classmethod
+    def sampled(cls, logprobs: Float32) -> "ReferenceColumns":
+        """Log-probabilities [N] of the sampled tokens and nothing else."""
+        return cls(logprobs, no_columns(len(logprobs)), no_columns(len(logprobs)))
+
+    def __len__(self) -> int:
+        """Tokens, N."""
+        return len(self.logprobs)
+
+    def take(self, places: NDArray) -> "ReferenceColumns":
+        return ReferenceColumns(self.logprobs[places], self.top_logprobs[places], self.hidden[places])
+
+    @classmethod
+    def concatenate(cls, chunks: Sequence["ReferenceColumns"]) -> "ReferenceColumns":
+        return cls(*(np.concatenate([getattr(chunk, field.name) for chunk in chunks]) for field in fields(cls)))
 
 
 def token_places(offsets: NDArray, rows: NDArray) -> NDArray[np.int64]:

@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import settings
+
+# Torch's first calls are slow, and so is a loaded machine: time says nothing about what properties are tested of.
+settings.register_profile("timeless", deadline=None)
+settings.load_profile("timeless")
 
 # Ray keeps the first token that a process uses: the local Ray of one test and the head node of another have to agree.
 TOKEN = Path(tempfile.mkdtemp(prefix="rlhf-ray-tests-")) / "token"

@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.records import Ragged, Trajectories, nbytes, token_places
+from rlhf_ray.records import Ragged, ReferenceColumns, Trajectories, id_type, nbytes, token_places
 
 rows = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=6)
 
@@ -17,6 +18,7 @@ def trajectories(prompts: list[list[int]], answers: list[tuple[int, list[int]]],
         finish=np.zeros(len(answers), np.uint8),
         sample_ids=np.arange(first_id, first_id + len(answers), dtype=np.int64),
         weight_version=np.zeros(len(answers), np.int32),
+        top_ids=responses.values[:, None] + np.arange(2, dtype=np.int32),
     )
 
 
@@ -49,6 +51,23 @@ def test_taken_rows_carry_their_own_columns() -> None:
     assert [taken.sequence(row).tolist() for row in range(2)] == [[1, 30, 31, 32], [1, 10, 11]]
     assert taken.sampler_logprobs.tolist() == [-15.0, -15.5, -16.0, -5.0, -5.5]
     assert taken.sample_ids.tolist() == [2, 0]
+    assert taken.top_ids.tolist() == [[30, 31], [31, 32], [32, 33], [10, 11], [11, 12]]
+
+
+@pytest.mark.parametrize(("vocabulary", "bytes_an_id"), [(768, 2), (65_536, 2), (65_537, 4), (152_064, 4)])
+def test_ids_take_no_more_bytes_than_the_vocabulary_needs(vocabulary: int, bytes_an_id: int) -> None:
+    kind = id_type(vocabulary)
+    assert np.dtype(kind).itemsize == bytes_an_id
+    assert np.array([vocabulary - 1]).astype(kind)[0] == vocabulary - 1
+
+
+def test_what_the_reference_says_is_joined_and_taken_in_all_its_columns() -> None:
+    first = ReferenceColumns(np.array([-1.0, -2.0], np.float32), np.ones((2, 3), np.float32), np.zeros((2, 4)))
+    second = ReferenceColumns(np.array([-3.0], np.float32), 2 * np.ones((1, 3), np.float32), np.ones((1, 4)))
+    taken = ReferenceColumns.concatenate([first, second]).take(np.array([2, 0]))
+    assert taken.logprobs.tolist() == [-3.0, -1.0]
+    assert taken.top_logprobs.tolist() == [[2.0] * 3, [1.0] * 3]
+    assert taken.hidden.tolist() == [[1.0] * 4, [0.0] * 4]
 
 
 @given(rows, st.randoms())
@@ -63,5 +82,6 @@ def test_token_places_pick_whole_rows(content: list[list[int]], random) -> None:
 def test_a_prompt_of_many_samples_is_counted_once() -> None:
     one = trajectories([[1] * 100], [(0, [5])])
     four = trajectories([[1] * 100], [(0, [5])] * 4)
-    # three more answers: id and log-probability (8), prompt index, offset, version (12), finish (1), sample id (8)
-    assert nbytes(four) - nbytes(one) == 3 * (8 + 12 + 1 + 8)
+    # three more answers: id and log-probability (8), prompt index, offset, version (12), finish (1), sample id (8),
+    # two likeliest ids (8)
+    assert nbytes(four) - nbytes(one) == 3 * (8 + 12 + 1 + 8 + 8)

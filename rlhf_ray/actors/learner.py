@@ -1,9 +1,9 @@
-"""One rank of the learner: policy and critic under DeepSpeed, and the clipped updates of PPO.
+"""One rank of the learner: policy and critic under DeepSpeed, and the clipped updates of PPO and its kin.
 
 All ranks are given the whole batch and derive the same plan from lengths and seed: which rows form a minibatch, which
 rank computes which of them, in which micro-batches. Losses are sums over tokens divided by the minibatch's global
 token count, so the number of ranks and the size of micro-batches change no gradient, and no batch size has to divide
-anything. A step whose loss is not finite is never applied.
+anything. A step whose loss is not finite, or whose batch breaks an invariant, is never applied.
 """
 
 import pickle
@@ -17,20 +17,25 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
+from rlhf_ray.actors import evidence, invariants, objective
 from rlhf_ray.actors import experience as experiences
 from rlhf_ray.actors.experience import Batch, Experience
+from rlhf_ray.actors.invariants import Found
+from rlhf_ray.actors.objective import Rows
+from rlhf_ray.actors.tally import Tally
 from rlhf_ray.actors.weight_transfer import Sender, make_sender
-from rlhf_ray.algorithms import policy_loss, value_loss
-from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.algorithms import statistics
+from rlhf_ray.algorithms.logprobs import TokenStatistics
+from rlhf_ray.config.ppo import PPO, PPOConfig
 from rlhf_ray.data.packing import balanced, micro_batches
 from rlhf_ray.errors import TrainingError
 from rlhf_ray.models import load, zero
 from rlhf_ray.models.device import collective_backend, torch_device
 from rlhf_ray.models.heads import TokenLogprobs, Values
 from rlhf_ray.models.packed import Packed
-from rlhf_ray.records import Ragged, token_places
+from rlhf_ray.records import Ragged
 
 SAMPLES = 4
 """Answers that an update shows."""
@@ -43,6 +48,8 @@ class Update:
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
     """A few answers: prompt and response ids, score, KL in nats."""
+    warnings: tuple[str, ...]
+    """What a person should know though the run goes on."""
     interrupted: bool
     """A stop was asked for; the remaining optimiser steps of this update were left out."""
 
@@ -57,11 +64,13 @@ class MicroBatch:
 
 
 class Learner:
-    def __init__(self, config: PPOConfig, rank: int, critic_is_reward_model: bool) -> None:
+    def __init__(self, config: PPOConfig, rank: int, critic_is_reward_model: bool, evidence: str) -> None:
+        """`evidence` is the folder for a batch that breaks an invariant, on a file system that ranks share."""
         self.config = config
         self.rank = rank
         self.world = config.roles.learner.ranks
         self.critic_is_reward_model = critic_is_reward_model
+        self.evidence = Path(evidence)
         self.device = torch_device(config.device)
         self.sender: Sender | None = None
         self.stop_asked = threading.Event()
@@ -87,24 +96,28 @@ class Learner:
         )
 
     def load(self, optimizer_steps: int) -> dict[str, Any]:
-        """Policy and critic under DeepSpeed, with schedules over `optimizer_steps`. A collective."""
+        """Policy and, where the algorithm has one, critic under DeepSpeed, with schedules over `optimizer_steps`.
+
+        A collective."""
         config, learner = self.config, self.config.learner
         torch.manual_seed(config.seed)
         sharded = zero.sharded_loading(learner.optimizer, learner.zero, config.device)
         model = load.causal_lm(config.policy, config.device, config.trust_remote_code)
+        self.reference_head = load.frozen_head(model) if _needs_reference_head(config) else None
         policy = TokenLogprobs(model, config.rollout.temperature)
         if learner.zero.stage == 3:
             policy.keep_in_step(learner.tokens_per_micro_batch)
-        critic = Values(self._critic_body())
+        critic = Values(self._critic_body()) if config.ppo.algorithm.needs_critic else None
         del sharded
-        make = zero.make_engine
-        self.policy = make(policy, learner.optimizer, learner.zero, config.device, optimizer_steps)
-        self.critic = make(
-            critic, learner.optimizer, learner.zero, config.device, optimizer_steps, learner.critic_learning_rate
-        )
-        self.policy.train()
-        self.critic.train()
+        self.policy = self._engine(policy, optimizer_steps)
+        self.critic = self._engine(critic, optimizer_steps, learner.critic_learning_rate) if critic else None
         return {"parameters": sum(_numel(p) for p in policy.parameters())}
+
+    def _engine(self, module: torch.nn.Module, optimizer_steps: int, rate: float | None = None) -> Any:
+        learner = self.config.learner
+        engine = zero.make_engine(module, learner.optimizer, learner.zero, self.config.device, optimizer_steps, rate)
+        engine.train()
+        return engine
 
     def connect(self, engines: list[Any], backend: str) -> None:
         """Opens the way by which weights reach `engines`: on rank 0, and for ipc on every rank."""
@@ -127,40 +140,101 @@ class Learner:
     def logprobs(self, sequences: Ragged, prompt_lengths: np.ndarray) -> np.ndarray:
         """[N] log-probabilities of response tokens under the present policy; every rank computes the same."""
         packed = Packed.of([sequences[row] for row in range(len(sequences))], prompt_lengths.tolist(), self.device)
-        return self.policy(packed)[0].cpu().numpy()
+        return self.policy(packed).logprobs.cpu().numpy()
 
     @ray.method(concurrency_group="control")
     def ask_stop(self) -> None:
         """Ends the running update after its current optimiser step. Runs beside the other methods."""
         self.stop_asked.set()
 
-    def update(self, chunks: Sequence[Sequence[Any]], coefficient: float, update: int, answers: int) -> Update:
-        """One PPO update on chunks of references to (trajectories, reference log-probabilities, scores).
+    def prompts_with_signal(self, chunks: Sequence[Sequence[Any]]) -> np.ndarray:
+        """Numbers of the prompts whose answers are not all paid alike, ascending: the others teach nothing."""
+        batch = self._gather(chunks)
+        prompts, group = batch.prompts(self.config.rollout.samples_per_prompt).unique(return_inverse=True)
+        paid = experiences.final_scores(batch, self.config)
+        spread = [float(paid[group == number].max() - paid[group == number].min()) for number in range(len(prompts))]
+        return prompts.numpy()[np.array(spread) > 0]
 
-        `coefficient` is the KL penalty's beta; `answers` is how many there must be. A collective. Raises TrainingError
-        when a loss is not finite; the parameters are then those of the last finite step.
+    def update(
+        self,
+        chunks: Sequence[Sequence[Any]],
+        coefficient: float,
+        update: int,
+        answers: int,
+        kept: np.ndarray | None = None,
+    ) -> Update:
+        """One update on chunks of references to (trajectories, what the reference says of them, scores).
+
+        `coefficient` is the KL penalty's beta; `answers` is how many there must be; `kept` are the numbers of the
+        prompts to train on, all where none are named. A collective. Raises TrainingError when a loss is not finite or
+        an invariant is broken, before a step is taken with it; what it happened on is then kept as evidence.
         """
-        fetched = [tuple(ray.get(list(chunk))) for chunk in chunks]
-        batch = Batch.gather(fetched)  # type: ignore[arg-type]
-        _check_complete(batch, answers)
-        experience = self._experience(batch, coefficient)
-        tally = Tally(self.device)
-        interrupted = False
-        for epoch, minibatch in self._minibatches(len(batch), update):
-            interrupted = self._stop_agreed()
-            if interrupted:
-                break
-            self._step(batch, experience, minibatch, tally, f"update {update}, epoch {epoch}")
-        bytes_on_wire = sum(_wire_bytes(column) for chunk in fetched for column in chunk)
-        metrics = {
-            **experience.metrics,
-            **tally.means(),
+        batch, bytes_on_wire = self._gather(chunks), self._bytes_on_wire
+        batch.check_complete(answers)
+        generated = float(batch.trajectories.tokens)
+        if kept is not None:
+            prompts = batch.prompts(self.config.rollout.samples_per_prompt).numpy()
+            batch = batch.take(np.flatnonzero(np.isin(prompts, kept)))
+        attempt = Attempt(batch, coefficient, update)
+        try:
+            metrics = self._learn(attempt)
+        except TrainingError as error:
+            place = self._keep_evidence(attempt, str(error))
+            raise TrainingError(f"{error}. To look at it on one process: rlhf-ray replay {place}") from None
+        assert attempt.experience is not None
+        metrics |= {
             "lr/policy": self.policy.get_lr()[0],
-            "lr/critic": self.critic.get_lr()[0],
+            "tokens/generated": generated,
             "wire/bytes": float(bytes_on_wire),
-            "wire/bytes_per_token": bytes_on_wire / experience.metrics["tokens/generated"],
+            "wire/bytes_per_token": bytes_on_wire / generated,
         }
-        return Update(metrics, _samples(batch, experience), interrupted)
+        if self.critic:
+            metrics["lr/critic"] = self.critic.get_lr()[0]
+        return Update(metrics, _samples(batch, attempt.experience), tuple(attempt.warnings), attempt.interrupted)
+
+    def _gather(self, chunks: Sequence[Sequence[Any]]) -> Batch:
+        fetched = [tuple(ray.get(list(chunk))) for chunk in chunks]
+        self._bytes_on_wire = sum(_wire_bytes(column) for chunk in fetched for column in chunk)
+        return Batch.gather(fetched)  # type: ignore[arg-type]
+
+    def _learn(self, attempt: "Attempt") -> dict[str, float]:
+        """All optimiser steps; metrics."""
+        attempt.experience = old = self._experience(attempt.batch, attempt.coefficient)
+        self._heed(invariants.of_experience(old.metrics, attempt.update, self.config), attempt)
+        tally = Tally(self.config, self.device)
+        for number, (epoch, minibatch) in enumerate(self._minibatches(len(attempt.batch), attempt.update)):
+            attempt.interrupted = self._stop_agreed()
+            if attempt.interrupted:
+                break
+            self._step(
+                attempt, old, minibatch, tally, first=number == 0, where=f"update {attempt.update}, epoch {epoch}"
+            )
+        return {**old.metrics, **tally.means()}
+
+    def _heed(self, found: Found, attempt: "Attempt") -> None:
+        """Warnings are noted. Breaches stop the run, unless it is configured to go on with a warning."""
+        attempt.warnings += found.warnings
+        if found.breaches and self.config.ppo.on_breach == "stop":
+            raise TrainingError(f"update {attempt.update}: {'; '.join(found.breaches)}")
+        attempt.warnings += found.breaches
+
+    def _keep_evidence(self, attempt: "Attempt", what: str) -> Path:
+        """Writes the batch and the weights as they are. A collective; rank 0 writes."""
+        place = self.evidence / f"update_{attempt.update:06d}"
+        if self.rank == 0:
+            about = {"error": what, "update": attempt.update, "kl_coefficient": attempt.coefficient}
+            evidence.write(place, self.config, attempt.batch, attempt.experience, about)
+        self.save(str(place / evidence.POLICY))
+        if self.critic:
+            weights = {
+                name: weight.cpu().clone() if self.rank == 0 else None
+                for name, weight in zero.whole_weights(self.critic, self.critic.module.named_parameters())
+            }
+            if self.rank == 0:
+                from safetensors.torch import save_file
+
+                save_file({name: w for name, w in weights.items() if w is not None}, place / evidence.CRITIC)
+        return place
 
     def save(self, folder: str) -> None:
         """Writes the policy as a Hugging Face folder. A collective; rank 0 writes."""
@@ -180,19 +254,26 @@ class Learner:
         return load.causal_lm(config.policy, config.device, config.trust_remote_code).base_model
 
     def _experience(self, batch: Batch, coefficient: float) -> Experience:
-        """Old log-probabilities and values by a forward pass, shared out over ranks; the rest alike on each."""
-        tokens = batch.trajectories.tokens
-        columns = torch.zeros(3, tokens, device=self.device)
+        """Statistics of the policy and values by a forward pass, shared out over ranks; the rest alike on each."""
+        with_kl, with_critic = self.config.ppo.kl.estimator == "full", self.critic is not None
+        columns = torch.zeros(2 + with_kl + with_critic, batch.trajectories.tokens, device=self.device)
         with torch.no_grad():
             for micro in self._micro_batches(batch, np.arange(len(batch))):
-                packed = self._pack(batch, micro.rows)
-                logprobs, entropy = self.policy(packed)
-                values = self.critic(packed)
+                some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch, micro.rows)
+                policy = self.policy(packed, self._reference_rows(some))
+                found = [*(column for column in policy if column is not None)]
+                if self.critic:
+                    found.append(self.critic(packed))
                 if micro.real:
-                    columns[:, self._places(batch, micro.rows)] = torch.stack([logprobs, values, entropy])
+                    columns[:, some.places] = torch.stack(found)
         distributed.all_reduce(columns)
-        logprobs, values, entropy = columns.cpu()
-        return experiences.build(batch, logprobs, values, entropy, self.config.ppo, coefficient)
+        rows = iter(columns.cpu())
+        policy = TokenStatistics(next(rows), next(rows), next(rows) if with_kl else None)
+        values = next(rows) if with_critic else None
+        return experiences.build(batch, policy, values, self.config, coefficient)
+
+    def _reference_rows(self, some: Rows) -> Any:
+        return objective.reference_rows(some, self.config, self.reference_head, self.device)
 
     def _minibatches(self, size: int, update: int) -> Iterator[tuple[int, np.ndarray]]:
         for epoch in range(self.config.ppo.epochs):
@@ -200,37 +281,45 @@ class Learner:
             for rows in np.array_split(order, self.config.ppo.minibatches):
                 yield epoch, rows
 
-    def _step(self, batch: Batch, old: Experience, rows: np.ndarray, tally: "Tally", where: str) -> None:
+    def _step(
+        self, attempt: "Attempt", old: Experience, rows: np.ndarray, tally: Tally, first: bool, where: str
+    ) -> None:
         """One optimiser step of policy and critic on the minibatch `rows`."""
-        ppo = self.config.ppo
+        batch, config = attempt.batch, self.config
+        algorithm = config.ppo.algorithm
+        weights = objective.token_weights(batch, rows, config)
         tokens = int(batch.trajectories.responses.lengths[rows].sum())
-        # DeepSpeed averages gradients over ranks; sums over tokens need the world back.
-        scale = self.world / tokens
         total = torch.zeros((), device=self.device)
         for micro in self._micro_batches(batch, rows):
-            packed = self._pack(batch, micro.rows)
-            places = self._places(batch, micro.rows)
-            at = {
-                name: getattr(old, name)[places].to(self.device)
-                for name in ("old_logprobs", "values", "advantages", "returns")
-            }
-            logprobs, entropy = self.policy(packed)
-            surrogate = policy_loss.clipped(logprobs, at["old_logprobs"], at["advantages"], ppo.clip_ratio)
-            policy_sum = surrogate.loss.sum() - ppo.entropy_bonus * entropy.sum()
-            self.policy.backward(policy_sum * scale * micro.real)
-            values = self.critic(packed)
-            squared = value_loss.clipped(values, at["values"], at["returns"], ppo.clip_value)
-            self.critic.backward(squared.loss.sum() * scale * micro.real)
-            total += policy_sum.detach() + squared.loss.detach().sum()
+            some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch, micro.rows)
+            in_loss = config.ppo.kl.placement != "reward"
+            found = self.policy(packed, self._reference_rows(some) if in_loss else None)
+            policy = objective.policy_tokens(found, old, some, config, attempt.coefficient)
+            of_token = statistics.at_tokens(weights[torch.from_numpy(some.rows)], some.offsets).to(self.device)
+            policy_sum = (of_token * policy.total).sum()
+            # DeepSpeed averages gradients over ranks; sums over tokens need the world back.
+            self.policy.backward(policy_sum * self.world * micro.real)
+            total += policy_sum.detach()
+            value = None
+            if self.critic:
+                assert isinstance(algorithm, PPO)
+                value = objective.value_tokens(self.critic(packed), old, some, algorithm.clip_value)
+                self.critic.backward(value.loss.sum() * self.world / tokens * micro.real)
+                total += value.loss.detach().sum()
             if micro.real:
-                tally.add(surrogate, squared)
+                tally.add(policy, value)
+                if first:
+                    tally.note_first(policy)
         if not zero.finite(total):
             raise TrainingError(
                 f"the loss at {where} is not finite; no step was taken with it. Look at samples.jsonl and at the last "
                 "lines of metrics.jsonl: usual causes are a learning rate too high and rewards of great size"
             )
-        tally.norms = (zero.step(self.policy, f"policy, {where}"), zero.step(self.critic, f"critic, {where}"))
-        tally.first = False
+        if first:
+            self._heed(invariants.of_first_minibatch(tally.largest_first_deviation(), config), attempt)
+        tally.norms["policy/grad_norm"] = zero.step(self.policy, f"policy, {where}")
+        if self.critic:
+            tally.norms["critic/grad_norm"] = zero.step(self.critic, f"critic, {where}")
 
     def _micro_batches(self, batch: Batch, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's passes over `rows`. Sharded gradients or parameters need equally many on every rank."""
@@ -258,61 +347,27 @@ class Learner:
             self.device,
         )
 
-    def _places(self, batch: Batch, rows: list[int]) -> Tensor:
-        return torch.from_numpy(token_places(batch.trajectories.responses.offsets, np.asarray(rows)))
-
     def _stop_agreed(self) -> bool:
         asked = torch.tensor(float(self.stop_asked.is_set()), device=self.device)
         distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
         return asked.item() > 0
 
 
-class Tally:
-    """Sums over the tokens of all optimiser steps of an update, on one rank; means over all ranks at the end."""
+@dataclass
+class Attempt:
+    """An update under way: what has to be told of it if it fails."""
 
-    NAMES = (
-        "policy/approxkl_avg",
-        "policy/clipfrac_avg",
-        "val/ratio",
-        "loss/policy_avg",
-        "loss/value_avg",
-        "val/clipfrac_avg",
-    )
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES) + 1, dtype=torch.float64, device=device)
-        self.first_deviation = torch.zeros((), device=device)
-        self.first = True
-        self.norms = (float("nan"), float("nan"))
-
-    def add(self, policy: policy_loss.PolicyLoss, value: value_loss.ValueLoss) -> None:
-        columns = (policy.approx_kl, policy.clipped, policy.ratio, policy.loss, value.loss, value.clipped)
-        sums = [column.detach().double().sum() for column in columns]
-        self.sums += torch.stack([*sums, torch.tensor(float(len(policy.loss)), device=self.sums.device)])
-        if self.first:
-            deviation = (policy.ratio.detach() - 1).abs().max()
-            self.first_deviation = torch.maximum(self.first_deviation, deviation)
-
-    def means(self) -> dict[str, float]:
-        """A collective."""
-        distributed.all_reduce(self.sums)
-        distributed.all_reduce(self.first_deviation, op=distributed.ReduceOp.MAX)
-        *sums, tokens = self.sums.tolist()
-        means = {name: total / max(tokens, 1.0) for name, total in zip(self.NAMES, sums, strict=True)}
-        policy_norm, critic_norm = self.norms
-        return {
-            **means,
-            "val/ratio_max_first": self.first_deviation.item(),
-            "policy/grad_norm": policy_norm,
-            "critic/grad_norm": critic_norm,
-        }
+    batch: Batch
+    coefficient: float
+    update: int
+    experience: Experience | None = None
+    warnings: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
-def _check_complete(batch: Batch, answers: int) -> None:
-    """No sample lost, none twice: an engine that failed must not look like one that had nothing left to do."""
-    distinct = len(np.unique(batch.trajectories.sample_ids))
-    if len(batch) != answers or distinct != answers:
-        raise TrainingError(f"{answers} answers were asked for; {len(batch)} arrived, {distinct} of them distinct")
+def _needs_reference_head(config: PPOConfig) -> bool:
+    """A KL over the whole vocabulary is computed here, from the reference's hidden states."""
+    return config.ppo.kl.estimator == "full" and config.ppo.kl.top_k is None
 
 
 def _samples(batch: Batch, experience: Experience) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlhf_ray.errors import DataError, GenerationError, ModelError, PublicationError, RLHFError
-from rlhf_ray.records import Finish, Float32, Int32, Ragged, Trajectories
+from rlhf_ray.records import Finish, Float32, Int32, Ragged, Trajectories, id_type
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -58,6 +58,8 @@ class RolloutSettings:
     max_new_tokens: int
     temperature: float
     samples_per_prompt: int
+    top_k: int
+    """How many of the likeliest tokens are noted at each place; 0 for none."""
     kv_cache_bytes: int
     dtype: str
     """float32 or bfloat16."""
@@ -267,7 +269,7 @@ class RolloutEngine:
             max_tokens=settings.max_new_tokens,
             stop_token_ids=list(settings.eos_token_ids),
             ignore_eos=True,  # the model folder's own opinion; `stop_token_ids` is ours
-            logprobs=0,
+            logprobs=settings.top_k,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -308,22 +310,28 @@ class RolloutEngine:
         answers = [answer for output in outputs for answer in sorted(output.outputs, key=lambda answer: answer.index)]
         if len(answers) != count * len(rows):
             raise GenerationError(f"{self}: {len(answers)} answers to {len(rows)} prompts, expected {count} to each")
-        responses = Ragged.of([answer.token_ids for answer in answers], np.int32)
-        logprobs = Ragged.of([answer.logprobs.logprobs for answer in answers], np.float32)
-        if not np.array_equal(responses.offsets, logprobs.offsets):
-            raise GenerationError(f"{self}: vLLM returned other than one log-probability for each token")
-        if not np.isfinite(logprobs.values).all():
+        ids = id_type(self._engine.model_config.get_vocab_size())
+        responses = Ragged.of([answer.token_ids for answer in answers], ids)
+        # vLLM's flat form: at each place the sampled token, then the k likeliest.
+        width = 1 + self.settings.top_k
+        noted = Ragged.of([answer.logprobs.token_ids for answer in answers], ids)
+        if not np.array_equal(responses.offsets * width, noted.offsets):
+            raise GenerationError(f"{self}: vLLM returned other than {width} log-probabilities for each token")
+        flat = [value for answer in answers for value in answer.logprobs.logprobs]
+        logprobs = np.array(flat, np.float32).reshape(-1, width)[:, 0].copy()
+        if not np.isfinite(logprobs).all():
             raise GenerationError(
                 f"{self}: log-probabilities of sampled tokens are not finite under weights version {self._version}"
             )
         return Trajectories(
-            prompts=Ragged.of([prompts[row] for row in rows], np.int32),
+            prompts=Ragged.of([prompts[row] for row in rows], ids),
             prompt_of=np.repeat(np.arange(len(rows), dtype=np.int32), count),
             responses=responses,
-            sampler_logprobs=logprobs.values,
+            sampler_logprobs=logprobs,
             finish=np.array([self._finish(answer) for answer in answers], dtype=np.uint8),
             sample_ids=(sample_ids[rows][:, None] + np.arange(count)).reshape(-1).astype(np.int64),
             weight_version=np.array([_oldest_version(answer) for answer in answers], dtype=np.int32),
+            top_ids=noted.values.reshape(-1, width)[:, 1:].copy(),
         )
 
     def _finish(self, answer: "CompletionOutput") -> Finish:
@@ -378,6 +386,7 @@ def _build(settings: RolloutSettings) -> Any:
         kv_cache_memory_bytes=settings.kv_cache_bytes,
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",  # at the temperature that tokens are sampled at
+        max_logprobs=max(20, settings.top_k),
         disable_log_stats=True,
         use_tqdm_on_load=False,
         worker_extension_cls=EXTENSION,

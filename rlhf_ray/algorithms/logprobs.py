@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens from logits or from hidden states.
+"""Log-probabilities, entropies and vocabulary KL of tokens from logits or from hidden states.
 
 Logits are divided by the temperature the tokens were sampled at, and the softmax is in float32 at least: in bf16 the
 ratio to the sampler would be noise. With a large vocabulary the logits are the largest tensor of a run, so `chunked`
@@ -6,10 +6,37 @@ never has those of more than `chunk` tokens: neither in the forward pass nor kep
 """
 
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+
+class TokenStatistics(NamedTuple):
+    """All [N], in nats, float32 at least."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor | None = None
+    """KL(pi || pi_ref) of the next-token distributions; none without a reference."""
+
+
+class Reference(Protocol):
+    """What is at hand of the reference model; see `vocabulary_kl`."""
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """Each [N, ...], a row a token."""
+
+    def kl(self, logp: Tensor, temperature: float, *columns: Tensor) -> Tensor:
+        """[n] nats, from the policy's logp [n, V] at this temperature and n rows of `columns`."""
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature), [..., V], float32 (float64 stays)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits / temperature).log_softmax(-1)
 
 
 def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -17,10 +44,7 @@ def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float) ->
 
     logits [N, V], finite; targets [N] of an integer type.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logp = (logits / temperature).log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(-1, targets.long()[:, None])[:, 0], entropy
+    return _target_and_entropy(log_softmax(logits, temperature), targets)
 
 
 def chunked(
@@ -30,29 +54,39 @@ def chunked(
     temperature: float,
     chunk: int,
     calls: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """`logprobs_and_entropy(head(hidden), ...)`, `head` applied to at most `chunk` rows at a time. Two [N].
+    reference: Reference | None = None,
+) -> TokenStatistics:
+    """`logprobs_and_entropy(head(hidden), ...)` and the KL to `reference`, at most `chunk` rows of logits at a time.
 
     hidden [N, H], targets [N]; head maps [n, H] to [n, V]. Where gradients are wanted of more than one chunk, each
-    chunk's logits are computed again in the backward pass, so head is called twice as often.
+    chunk's logits are computed again in the backward pass, so head is called twice as often; the reference's logits
+    are computed, and dropped, with them. Raises ValueError when the arguments' rows are not of the same tokens.
 
     `calls`: head is called at least so often, with no rows in the end. Under ZeRO-3 a call gathers the head's weight
     from all ranks, so ranks whose N differ must agree on a number (the largest ceil(N / chunk)), or they wait for each
-    other forever. For the same reason head is called once when N = 0.
+    other forever. For the same reason head is called once when N = 0. A reference's head is called as often as head.
 
     The recomputation is not reentrant: a nested backward pass for each chunk would finish the head's gradient once a
     chunk, which ZeRO 2 and 3 refuse (a parameter's gradient is reduced when it is first complete); this way, autograd
     adds up the chunks, and a tied embedding, before anyone sees the gradient. head must be deterministic.
     """
-    pieces = list(zip(hidden.split(chunk), targets.split(chunk), strict=True))
-    pieces += [(hidden[:0], targets[:0])] * (calls - len(pieces))
+    columns = (hidden, targets, *(reference.columns if reference else ()))
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"columns of {[len(column) for column in columns]} tokens; each must have a row a token")
+    pieces = list(zip(*(column.split(chunk) for column in columns), strict=True))
+    pieces += [tuple(column[:0] for column in columns)] * (calls - len(pieces))
 
-    def measure(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logprobs_and_entropy(head(rows), labels, temperature)
+    def measure(rows: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        logp = log_softmax(head(rows), temperature)
+        measured = _target_and_entropy(logp, labels)
+        return (*measured, reference.kl(logp, temperature, *others)) if reference else measured
 
     if torch.is_grad_enabled() and len(pieces) > 1:
         measured = [checkpoint(measure, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     else:
         measured = [measure(*piece) for piece in pieces]
-    logp, entropy = zip(*measured, strict=True)
-    return torch.cat(logp), torch.cat(entropy)
+    return TokenStatistics(*(torch.cat(parts) for parts in zip(*measured, strict=True)))
+
+
+def _target_and_entropy(logp: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return logp.gather(-1, targets.long()[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

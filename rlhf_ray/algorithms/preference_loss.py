@@ -1,9 +1,14 @@
-"""Bradley-Terry on soft labels, and how well a preference model predicts.
+"""Losses on preferences, of a reward model and of a policy that learns from them directly, and how well they predict.
 
-p is the probability that `chosen` is the better of its pair; the gradient in d = chosen - rejected is sigmoid(d) - p.
+p is the probability that `chosen` is the better of its pair, and a loss is the expectation over who is: the gradient
+of Bradley-Terry in d = chosen - rejected is sigmoid(d) - p. A policy's rewards are beta times its log-ratios, log pi -
+log pi_ref summed over the tokens of an answer, never averaged over them: pi is the probability of the whole answer.
+
 The measures are the same whichever of a pair is named first: on data that always name the better one first, anything
 else would be gamed by confidence alone.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +34,55 @@ def bradley_terry(
     if centre:
         loss = loss + centre * (chosen + rejected).square()
     return loss
+
+
+def dpo(chosen: Tensor, rejected: Tensor, p: Tensor, beta: float) -> Tensor:
+    """-[p log s(d) + (1 - p) log s(-d)], d = beta (chosen - rejected). [P] of log-ratios [P] in nats and p [P].
+
+    Rafailov et al. 2023, "Direct preference optimization", eq. 7, where p = 1; p = 1 - epsilon is conservative DPO.
+    """
+    return bradley_terry(beta * chosen, beta * rejected, p)
+
+
+def ipo(chosen: Tensor, rejected: Tensor, p: Tensor, beta: float) -> Tensor:
+    """p (h - 1 / (2 beta))^2 + (1 - p) (h + 1 / (2 beta))^2, h = chosen - rejected. [P] of log-ratios [P] and p [P].
+
+    Azar et al. 2023, "A general theoretical paradigm to understand learning from human preferences", eq. 17, where
+    p = 1 and beta is called tau. The minimum lies at h = (p - 1/2) / beta, finite even for certain labels.
+    """
+    h = chosen - rejected
+    return p * (h - 0.5 / beta).square() + (1 - p) * (h + 0.5 / beta).square()
+
+
+PAIRED: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {"sigmoid": dpo, "ipo": ipo}
+"""By the name in the configuration: losses [P] of (chosen, rejected, p, beta)."""
+
+
+def kto(
+    log_ratios: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """weight (1 - s(beta (r - z))) for a desirable answer, weight (1 - s(beta (z - r))) for an undesirable one. [N].
+
+    log_ratios r [N] in nats, desirable [N] bool, reference_point z [], of `kto_reference_point`. Ethayarajh et al.
+    2024, "KTO: Model alignment as prospect theoretic optimization", section 4.
+    """
+    gains = torch.where(desirable, log_ratios - reference_point, reference_point - log_ratios)
+    # s(-x) in place of 1 - s(x), which is all rounding where x is large.
+    return torch.where(desirable, desirable_weight, undesirable_weight) * (-beta * gains).sigmoid()
+
+
+def kto_reference_point(mismatched: Tensor) -> Tensor:
+    """max(0, mean of `mismatched` [N]), a scalar in nats without gradient: KL(pi || pi_ref), roughly.
+
+    `mismatched` are log-ratios of answers that were given to other prompts. The true KL is never negative, whatever a
+    few answers say, and a gradient through it would be a second loss, on answers that nobody judged here.
+    """
+    return mismatched.detach().mean().clamp(min=0)
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> Tensor:

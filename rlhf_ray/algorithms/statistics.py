@@ -34,3 +34,12 @@ def sequence_sums(x: Tensor, offsets: Tensor) -> Tensor:
 def sequence_means(x: Tensor, offsets: Tensor) -> Tensor:
     """Mean over each sequence's tokens, [B]; NaN for a sequence without tokens, which has none."""
     return sequence_sums(x, offsets) / offsets.diff()
+
+
+def at_tokens(x: Tensor, offsets: Tensor) -> Tensor:
+    """Each sequence's value at every of its tokens, [N]. x [B], offsets [B + 1].
+
+    >>> at_tokens(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([0, 2, 2, 3]))
+    tensor([5., 5., 7.])
+    """
+    return x.repeat_interleave(offsets.diff())

@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from rlhf_ray.errors import ConfigError
 
@@ -16,15 +16,31 @@ class Config(BaseModel):
     )
 
 
+def named(default: str) -> BeforeValidator:
+    """For a choice of sections told apart by `name`: `grpo` alone is `{name: grpo}`; without a name it is `default`."""
+
+    def section(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": default, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(section)
+
+
 def readable(error: ValidationError, root: type[BaseModel], where: str) -> ConfigError:
     """One line for each fault: dotted key, what is wrong, and for an unknown key the nearest known one."""
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
+        key = ".".join(_without_choices(fault["loc"], root))
         if fault["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key '{key}'{_nearest(key, root)}")
         elif fault["type"] == "missing":
             lines.append(f"{where}: '{key}' is missing; it has no default")
+        elif fault["type"] == "union_tag_invalid":
+            given, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+            close = difflib.get_close_matches(given, known.replace("'", "").split(", "), n=1)
+            meant = f"; did you mean '{close[0]}'?" if close else ""
+            lines.append(f"{where}: '{key}': there is no '{given}'; expected one of {known}{meant}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             # Without a key the fields contradict each other, and the message names them.
@@ -33,26 +49,65 @@ def readable(error: ValidationError, root: type[BaseModel], where: str) -> Confi
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> FieldInfo of every leaf of `model`, sections walked into."""
+    """Dotted name -> FieldInfo of every leaf of `model`, sections walked into; of a choice, its default section.
+
+    A section that may be left out is a leaf."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        if section is None:
-            found[prefix + name] = field
+        options = sections(field.annotation)
+        if options and not _may_be_none(field.annotation):
+            found.update(leaves(options[0], f"{prefix}{name}."))
         else:
-            found.update(leaves(section, f"{prefix}{name}."))
+            found[prefix + name] = field
     return found
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The Config class inside `annotation`, if it is one or an optional one."""
+def choices(model: type[BaseModel], prefix: str = "") -> dict[str, list[type[BaseModel]]]:
+    """Dotted name -> sections, wherever one of several is chosen by its `name`, or one may be left out."""
+    found: dict[str, list[type[BaseModel]]] = {}
+    for name, field in model.model_fields.items():
+        options = sections(field.annotation)
+        if len(options) > 1 or (options and _may_be_none(field.annotation)):
+            found[prefix + name] = options
+        for option in options[:1]:
+            found.update(choices(option, f"{prefix}{name}."))
+    return found
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The Config classes inside `annotation`: none for a leaf, several where one is chosen by its `name`."""
     options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _may_be_none(annotation: Any) -> bool:
+    return type(None) in getattr(annotation, "__args__", ())
+
+
+def _without_choices(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """Pydantic puts the chosen section's name into the place of a fault, where no YAML has it."""
+    path: list[str] = []
+    chosen = choices(root)
+    for part in location:
+        if path and ".".join(path) in chosen and part in _names(chosen[".".join(path)]):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _names(options: list[type[BaseModel]]) -> list[str]:
+    return [option.model_fields["name"].default for option in options if "name" in option.model_fields]
+
+
+def _all_keys(root: type[BaseModel]) -> list[str]:
+    """Every leaf, those of all choices included."""
+    chosen = choices(root)
+    return [*leaves(root), *(key for name in chosen for option in chosen[name] for key in leaves(option, f"{name}."))]
 
 
 def _nearest(key: str, root: type[BaseModel]) -> str:
     """The known name most like `key`: one of its own section if any is close, else one that ends alike anywhere."""
-    paths = [name.split(".") for name in leaves(root)]
+    paths = [name.split(".") for name in _all_keys(root)]
     known = list(dict.fromkeys(".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)))
     parent, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]

@@ -51,6 +51,16 @@ class ZeroConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (Hu et al. 2021) in place of training every weight; docs/lora.md."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """An adapter adds alpha / rank times its product."""
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one, such as [q_proj, v_proj]."""
+
+
 class TelemetryConfig(Config):
     """What is watched and where it goes besides the run folder."""
 

@@ -13,14 +13,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlhf_ray.config.base import leaves
+from rlhf_ray.config.base import choices, leaves
 from rlhf_ray.config.common import StageConfig
 from rlhf_ray.config.ppo import PPOConfig
-from rlhf_ray.config.supervised import RewardConfig, SFTConfig
+from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SFTConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
-STAGES: tuple[type[StageConfig], ...] = (SFTConfig, RewardConfig, PPOConfig)
+STAGES: tuple[type[StageConfig], ...] = (SFTConfig, RewardConfig, DPOConfig, PPOConfig)
+
+_HEAD = ["| key | type | default | meaning |", "|---|---|---|---|"]
 
 _INTRODUCTION = """\
 # Configuration
@@ -41,7 +43,20 @@ def document() -> str:
 def _stage(stage: type[StageConfig]) -> str:
     title = (stage.__doc__ or "").partition(":")[0].rstrip(".")
     rows = [_row(key, field, _default(stage, key)) for key, field in leaves(stage).items()]
-    return "\n".join([f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+    others = [text for key, options in choices(stage).items() for text in _choice(key, options)]
+    return "\n".join([f"## {title}", "", *_HEAD, *rows, "", *others])
+
+
+def _choice(key: str, options: list[type[BaseModel]]) -> list[str]:
+    """The sections that may stand at `key`, each with the keys that it then has."""
+    one_of = "one of these, by its name alone or as a section" if len(options) > 1 else "none, or this section"
+    lines = [f"`{key}` is {one_of}:", "", "| name | keys and defaults | meaning |", "|---|---|---|"]
+    for option in options:
+        keys = {name: field for name, field in option.model_fields.items() if name != "name"}
+        shown = ", ".join(f"`{name}: {_written(field.default)}`" for name, field in keys.items())
+        name = f"`{option.model_fields['name'].default}`" if "name" in option.model_fields else ""
+        lines.append(f"| {name} | {shown} | {' '.join((option.__doc__ or '').split())} |")
+    return [*lines, ""]
 
 
 def _row(key: str, field: FieldInfo, default: str) -> str:
@@ -58,7 +73,11 @@ def _default(stage: type[BaseModel], key: str) -> str:
         value = _field_default(value.model_fields[name]) if is_class else getattr(value, name)
     if value is PydanticUndefined:
         return "required"
-    return f"`{value if isinstance(value, str) else json.dumps(value)}`".replace("null", "none")
+    return f"`{_written(value)}`"
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
 
 
 def _field_default(field: FieldInfo) -> Any:
@@ -78,6 +97,10 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join("none" if part is type(None) else _type(part, metadata) for part in arguments)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin is tuple:
+        return "number or pair of numbers"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     if origin is list:
         return "list" if get_origin(arguments[0]) is not list else "list of lists"
     names = {int: "integer", float: "number", bool: "true or false", str: "text"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
 
+from rlhf_ray.config.advice import advice
 from rlhf_ray.config.common import StageConfig, ZeroConfig
 from rlhf_ray.config.layout import groups, needs, workers
 from rlhf_ray.config.load import dump
@@ -196,10 +197,10 @@ def _learner(config: PPOConfig) -> list[Memory]:
     body = config.reward.model or config.policy
     size = model_size(body)
     critic = ModelSize(size.parameters - size.head, size.source) if size.parameters else size
-    return [
-        _trained("learner", "policy", config.policy, model_size(config.policy), zero, ranks, config),
-        _trained("learner", "critic", body, critic, zero, ranks, config),
-    ]
+    policy = _trained("learner", "policy", config.policy, model_size(config.policy), zero, ranks, config)
+    if not config.ppo.algorithm.needs_critic:
+        return [policy]
+    return [policy, _trained("learner", "critic", body, critic, zero, ranks, config)]
 
 
 def _trained(
@@ -310,6 +311,7 @@ def render(plan: Plan) -> str:
             "Bytes of each worker (activations come on top)",
             *_table(["worker", "parameters", "weights", "gradients", "optimizer", "KV cache"], _memory_rows(plan)),
             *_notes(plan),
+            *(f"warning: {sentence}" for sentence in advice(plan.config)),
         ]
     )
 

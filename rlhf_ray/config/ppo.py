@@ -1,13 +1,14 @@
 """Configuration of `rlhf-ray ppo`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from rlhf_ray.config.base import Config
+from rlhf_ray.config.base import Config, named
 from rlhf_ray.config.common import (
     DataConfig,
     GPUs,
+    LoraConfig,
     OptimizerConfig,
     Positive,
     Share,
@@ -47,38 +48,227 @@ class RolloutConfig(Config):
     """Memory for each engine's KV cache."""
 
 
+class FixedController(Config):
+    """beta stays what it is."""
+
+    name: Literal["fixed"] = "fixed"
+
+
+class AdaptiveController(Config):
+    """Ziegler et al. 2019, section 2.2: beta follows the relative error of the KL, a little with each sample."""
+
+    name: Literal["adaptive"] = "adaptive"
+    target: Annotated[float, Field(gt=0)] = 6.0
+    """KL of an answer, in nats, that beta is steered to."""
+    horizon: Positive = 10_000
+    """Samples over which a relative error of one is closed."""
+
+
+class BudgetController(Config):
+    """beta is the multiplier of the constraint KL <= budget: it rises above the budget and falls to zero below."""
+
+    name: Literal["budget"] = "budget"
+    budget: Annotated[float, Field(gt=0)] = 6.0
+    """Largest KL of an answer, in nats."""
+    rate: Annotated[float, Field(gt=0)] = 0.01
+    """Change of beta in an update, for each nat beyond the budget."""
+
+
+Controller = Annotated[
+    FixedController | AdaptiveController | BudgetController, Field(discriminator="name"), named("fixed")
+]
+
+
 class KLConfig(Config):
-    """The penalty that keeps the policy near the reference."""
+    """The penalty that keeps the policy near the reference; docs/kl.md has the table of which form does what."""
 
     coefficient: Annotated[float, Field(ge=0)] = 0.05
-    """beta in r_t = score_t - beta * kl_t; the initial value when adaptive."""
-    controller: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: Ziegler et al. 2019, section 2.2."""
-    target: Annotated[float, Field(gt=0)] = 6.0
-    """KL per sequence in nats that the adaptive controller steers to."""
-    horizon: Positive = 10_000
-    """Samples over which the adaptive controller closes a relative error of one."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimator. In the reward only k1 has the gradient of the reverse KL; the others are for study."""
+    """beta, the price of a nat; the initial value where a controller steers it."""
+    controller: Controller = FixedController()
+    """Its name, or a section with its settings."""
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
+    """k1 to k3 look at the sampled token alone; full sums over the whole vocabulary, exactly."""
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    """With full: the sampler's likeliest tokens and one bucket for all others, a lower bound that travels cheaply."""
+    placement: Literal["reward", "loss", "both"] = "reward"
+    """reward: a constant in each token's reward. loss: added to the loss and differentiated. both: with full, the whole
+    gradient of the KL of answers, of which each alone is a part."""
+
+    @model_validator(mode="after")
+    def the_form_does_something(self) -> "KLConfig":
+        if self.estimator == "k1" and self.placement == "loss":
+            raise ValueError("k1 as a loss has gradient zero in expectation: use placement: reward, or k2 or full")
+        if self.placement == "both" and self.estimator != "full":
+            raise ValueError(f"placement both belongs to estimator full, but estimator is {self.estimator}")
+        if self.top_k and self.estimator != "full":
+            raise ValueError(f"top_k belongs to estimator full, but estimator is {self.estimator}")
+        return self
 
 
-class PPOAlgorithm(Config):
-    """Proximal policy optimisation (Schulman et al. 2017) on tokens."""
+def _pair(value: object) -> object:
+    return (value, value) if isinstance(value, int | float) else value
+
+
+Clip = Annotated[
+    tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0)]],
+    BeforeValidator(_pair, json_schema_input_type=float),
+]
+"""How far a ratio may fall below and rise above one; a single number is both."""
+
+
+class Algorithm(Config):
+    """What every algorithm has. Their losses are sums over tokens in the same minibatch; they differ in advantages,
+    in what a ratio is of, and in how tokens are weighed."""
+
+    needs_critic: ClassVar[bool] = False
+    needs_groups: ClassVar[bool] = False
+    """Advantages compare several answers to one prompt."""
+    ratio: ClassVar[Literal["token", "sequence"]] = "token"
+
+    clip_ratio: Clip = (0.2, 0.2)
+    """How far a ratio may fall below and rise above one; a single number is both."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on the loss of a token with negative advantage, in multiples of it (Ye et al. 2020)."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """What a token weighs: one of all tokens; one of its answer's, answers alike; one of `max_new_tokens`."""
+
+
+class PPO(Algorithm):
+    """Proximal policy optimisation with a critic (Schulman et al. 2017)."""
+
+    needs_critic: ClassVar[bool] = True
+
+    name: Literal["ppo"] = "ppo"
+    gamma: Share = 1.0
+    gae_lambda: Share = 0.95
+    clip_value: Annotated[float, Field(gt=0)] = 0.2
+    whiten_rewards: bool = False
+    """Scale per-token rewards to unit variance, mean kept."""
+
+
+class GRPO(Algorithm):
+    """Scores of a prompt's answers, centred and scaled by their deviation (Shao et al. 2024)."""
+
+    needs_groups: ClassVar[bool] = True
+
+    name: Literal["grpo"] = "grpo"
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "sequence_mean"
+
+
+class DrGRPO(Algorithm):
+    """Centred only, every token weighed alike whatever the answer's length (Liu et al. 2025)."""
+
+    needs_groups: ClassVar[bool] = True
+
+    name: Literal["dr_grpo"] = "dr_grpo"
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "constant"
+
+
+class RLOO(Algorithm):
+    """Each answer against the mean of its prompt's others (Ahmadian et al. 2024)."""
+
+    needs_groups: ClassVar[bool] = True
+
+    name: Literal["rloo"] = "rloo"
+
+
+class ReinforcePP(Algorithm):
+    """REINFORCE++ (Hu 2025): rewards to go, whitened over the whole batch."""
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+    gamma: Share = 1.0
+    baseline: bool = False
+    """Subtract the mean of a prompt's answers first."""
+
+
+class DAPO(Algorithm):
+    """GRPO with an asymmetric clip, groups without signal replaced, and a soft limit on length (Yu et al. 2025)."""
+
+    needs_groups: ClassVar[bool] = True
+
+    name: Literal["dapo"] = "dapo"
+    clip_ratio: Clip = (0.2, 0.28)
+    max_refills: Annotated[int, Field(ge=0)] = 4
+    """How many times prompts whose answers all score alike are replaced before an update goes on with what it has."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """Over so many last tokens before `max_new_tokens` a penalty grows from zero to one."""
+
+
+class GSPO(Algorithm):
+    """GRPO with one ratio an answer: the geometric mean of its tokens' (Zheng et al. 2025)."""
+
+    needs_groups: ClassVar[bool] = True
+    ratio: ClassVar[Literal["token", "sequence"]] = "sequence"
+
+    name: Literal["gspo"] = "gspo"
+    clip_ratio: Clip = (3e-4, 4e-4)
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "sequence_mean"
+
+
+AnyAlgorithm = Annotated[
+    PPO | GRPO | DrGRPO | RLOO | ReinforcePP | DAPO | GSPO, Field(discriminator="name"), named("ppo")
+]
+
+
+class Correction(Config):
+    """What every correction has: bounds on the mean |difference| of engine's and learner's log-probabilities."""
+
+    warn_gap: Annotated[float, Field(gt=0)] | None = None
+    """Nats a token from which an update warns; none: 1e-3 in fp32, 0.05 in bf16."""
+    stop_gap: Annotated[float, Field(gt=0)] | None = None
+    """Nats a token from which the run stops; none: 1e-2 in fp32, 0.2 in bf16."""
+
+
+class Truncate(Correction):
+    """Weights p(learner) / p(engine), cut at a cap (truncated importance sampling)."""
+
+    name: Literal["truncate"] = "truncate"
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Of a token, of the whole answer (product), or of the answer's mean token (geometric mean)."""
+    cap: Annotated[float, Field(gt=1)] = 2.0
+
+
+class Mask(Correction):
+    """Tokens whose weight lies outside the bounds do not train (IcePop, masked importance sampling)."""
+
+    name: Literal["mask"] = "mask"
+    level: Literal["token", "sequence", "geometric"] = "token"
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    high: Annotated[float, Field(gt=1)] = 2.0
+
+
+class Coupled(Correction):
+    """The clipped ratio itself is taken to the engine's log-probabilities; the learner computes none of its own."""
+
+    name: Literal["coupled"] = "coupled"
+
+
+class Uncorrected(Correction):
+    """Tokens train as if the learner had sampled them."""
+
+    name: Literal["none"] = "none"
+
+
+AnyCorrection = Annotated[Truncate | Mask | Coupled | Uncorrected, Field(discriminator="name"), named("truncate")]
+
+
+class PPOSection(Config):
+    """Policy optimisation: sampled answers, clipped ratios, a KL penalty."""
 
     updates: Positive = 100
     epochs: Positive = 4
     minibatches: Positive = 1
     """Optimiser steps in each epoch."""
-    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_value: Annotated[float, Field(gt=0)] = 0.2
-    gamma: Share = 1.0
-    gae_lambda: Share = 0.95
+    algorithm: AnyAlgorithm = PPO()
+    """Its name, or a section with its settings; docs/algorithms.md compares them."""
     entropy_bonus: Annotated[float, Field(ge=0)] = 0.0
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
-    """Answers cut off at `max_new_tokens` score minus this instead of what the reward says."""
-    whiten_rewards: bool = False
-    """Scale per-token rewards to unit variance, mean kept."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = 1.0
+    """Answers cut off at `max_new_tokens` score minus this instead of what the reward says; none: they keep it."""
     kl: KLConfig = KLConfig()
+    correction: AnyCorrection = Truncate()
+    """Of the difference between engine and learner: its name, or a section with its settings."""
+    on_breach: Literal["stop", "warn"] = "stop"
+    """What follows when an update breaks an invariant: first ratio 1, KL 0 at update 0, everything finite."""
 
 
 class LearnerConfig(Config):
@@ -89,6 +279,8 @@ class LearnerConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     critic_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """none: the policy's. All other optimiser settings are shared."""
+    lora: LoraConfig | None = None
+    """Train adapters of policy and critic, their other weights frozen; none: train every weight."""
     zero: ZeroConfig = ZeroConfig()
 
 
@@ -172,7 +364,7 @@ class PPOConfig(StageConfig):
     reward: RewardSource
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    ppo: PPOAlgorithm = PPOAlgorithm()
+    ppo: PPOSection = PPOSection()
     learner: LearnerConfig = LearnerConfig()
     publication: PublicationConfig = PublicationConfig()
     roles: RolesConfig = RolesConfig()
@@ -187,11 +379,26 @@ class PPOConfig(StageConfig):
     @model_validator(mode="after")
     def the_controller_cannot_turn_beta_negative(self) -> "PPOConfig":
         samples = self.rollout.prompts_per_update * self.rollout.samples_per_prompt
-        if self.ppo.kl.controller == "adaptive" and 0.2 * samples >= self.ppo.kl.horizon:
+        controller = self.ppo.kl.controller
+        if isinstance(controller, AdaptiveController) and 0.2 * samples >= controller.horizon:
             raise ValueError(
-                f"ppo.kl.horizon is {self.ppo.kl.horizon} samples, too short for updates of {samples}: beta could turn "
-                f"negative; set it above {0.2 * samples:g}, usually to many times the samples of an update"
+                f"ppo.kl.controller.horizon is {controller.horizon} samples, too short for updates of {samples}: beta "
+                f"could turn negative; set it above {0.2 * samples:g}, usually to many times the samples of an update"
             )
+        return self
+
+    @model_validator(mode="after")
+    def groups_have_several_answers(self) -> "PPOConfig":
+        algorithm, samples = self.ppo.algorithm, self.rollout.samples_per_prompt
+        grouped = algorithm.needs_groups or (isinstance(algorithm, ReinforcePP) and algorithm.baseline)
+        if grouped and samples < 2:
+            raise ValueError(
+                f"ppo.algorithm {algorithm.name} compares answers to the same prompt, but rollout.samples_per_prompt "
+                f"is {samples}; set it to 2 or more"
+            )
+        buffer, longest = getattr(algorithm, "overlong_buffer", 0), self.rollout.max_new_tokens
+        if buffer > longest:
+            raise ValueError(f"ppo.algorithm.overlong_buffer is {buffer}, more than rollout.max_new_tokens {longest}")
         return self
 
     @model_validator(mode="after")

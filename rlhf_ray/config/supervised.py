@@ -1,6 +1,6 @@
-"""Configuration of `rlhf-ray sft` and `rlhf-ray reward`: two losses, one way to train."""
+"""Configuration of `rlhf-ray sft`, `rlhf-ray reward` and `rlhf-ray dpo`: several losses, one way to train."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ class TrainingConfig(Config):
 
     epochs: Positive = 1
     sequences_per_step: Positive = 32
-    """Rows (SFT) or pairs (reward) of one optimiser step, over all ranks."""
+    """Rows (SFT, KTO) or pairs (reward, DPO) of one optimiser step, over all ranks."""
     tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
     held_out_share: Share = 0.05
@@ -66,3 +66,26 @@ class RewardConfig(SupervisedConfig):
 
     centre: Annotated[float, Field(ge=0)] = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero."""
+
+
+class DPOConfig(SupervisedConfig):
+    """`rlhf-ray dpo`: a language model learns from preferences directly; `model` is its start and its reference."""
+
+    loss: Literal["sigmoid", "ipo", "kto"] = "sigmoid"
+    """sigmoid (DPO) and ipo learn from pairs, kto from single answers with a `label`; docs/preferences.md."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Reward of one nat of log-ratio to the reference: the smaller, the further the model may move."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """With sigmoid: the probability that a label is wrong, on top of the column `p` (conservative DPO)."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """With kto: what a desirable answer weighs; with `undesirable_weight` it evens out unequal numbers of both."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """With kto: what an undesirable answer weighs."""
+
+    @model_validator(mode="after")
+    def settings_belong_to_the_loss(self) -> "DPOConfig":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss sigmoid, but loss is {self.loss}")
+        if (self.desirable_weight, self.undesirable_weight) != (1, 1) and self.loss != "kto":
+            raise ValueError(f"desirable_weight and undesirable_weight belong to loss kto, but loss is {self.loss}")
+        return self

@@ -1,8 +1,8 @@
-"""Rows into checked, tokenised examples, the three shapes that training wants.
+"""Rows into checked, tokenised examples, the four shapes that training wants.
 
 Every row becomes an example or an entry in the quarantine; none is truncated, because an answer cut short teaches the
-model to stop short. Prompts of all three shapes go through `templates.prompt_ids`, so the same row has the same prompt
-ids for SFT, for the reward model and for PPO.
+model to stop short. Prompts of all shapes go through `templates.prompt_ids`, so the same row has the same prompt
+ids for SFT, for the reward model, for DPO and for PPO.
 """
 
 from collections.abc import Callable
@@ -57,6 +57,17 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
+class JudgedAnswer:
+    """One answer that people find good or bad by itself."""
+
+    prompt: Int32
+    """[P]"""
+    answer: Int32
+    """[A] ids after the prompt, EOS last."""
+    desirable: bool
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What an answer is sampled for."""
 
@@ -79,6 +90,18 @@ def preference_pairs(
     Optional are `margin` and `p`. Raises DataError if too few rows are usable.
     """
     return _load(data, quarantine, lambda fields: _preference_pair(fields, tokenizer, data.max_tokens))
+
+
+def judged_answers(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine
+) -> list[JudgedAnswer]:
+    """Rows of `prompt`, `completion` and `label`, true or false; or rows of pairs, each of which becomes two answers.
+
+    Of a pair the likelier better answer by `p` is desirable and the other is not. Raises DataError if too few rows are
+    usable.
+    """
+    rows = _load(data, quarantine, lambda fields: _judged(fields, tokenizer, data.max_tokens))
+    return [answer for answers in rows for answer in answers]
 
 
 def prompts(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[Prompt]:
@@ -124,6 +147,26 @@ def _preference_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_t
     return PreferencePair(
         np.array(before, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32), margin, p
     )
+
+
+def _judged(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[JudgedAnswer]:
+    if "chosen" in fields:
+        return _judged_pair(_preference_pair(fields, tokenizer, max_tokens))
+    _require(fields, "prompt", "completion", "label", instead="chosen' and 'rejected")
+    if not isinstance(fields["label"], bool):
+        raise BadRow("wrong type", f"'label' is {_kind(fields['label'])}, expected true or false")
+    turns = _turns(fields, "prompt")
+    before = _prompt_ids(tokenizer, turns)
+    answer = answer_ids(tokenizer, turns, _answer(fields, "completion", turns))
+    _fits(len(before) + len(answer), max_tokens)
+    return [JudgedAnswer(np.array(before, np.int32), np.array(answer, np.int32), fields["label"])]
+
+
+def _judged_pair(pair: PreferencePair) -> list[JudgedAnswer]:
+    p = 1.0 if pair.p is None else pair.p
+    if p == 0.5:
+        raise BadRow("undecided", "'p' is 0.5, so neither answer is the desirable one")
+    return [JudgedAnswer(pair.prompt, pair.chosen, p > 0.5), JudgedAnswer(pair.prompt, pair.rejected, p < 0.5)]
 
 
 def _prompt(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompt:

@@ -15,7 +15,7 @@ from rlhf_ray.actors.reward import RewardModel
 from rlhf_ray.data.templates import answer_ids, prompt_ids
 from rlhf_ray.demo import gold
 from rlhf_ray.models import load
-from rlhf_ray.records import Finish, Ragged, Trajectories
+from rlhf_ray.records import Finish, Ragged, Trajectories, no_columns
 
 TOKENS_PER_PASS = 4096
 
@@ -107,4 +107,5 @@ def _trajectories(prompts: list[list[int]], answers: list[list[int]]) -> Traject
         finish=np.full(rows, Finish.EOS, np.uint8),
         sample_ids=np.arange(rows, dtype=np.int64),
         weight_version=np.zeros(rows, np.int32),
+        top_ids=no_columns(len(responses.values)),
     )

@@ -1,6 +1,6 @@
 """The whole of RLHF on a small made-up world: base model, SFT, reward model, PPO, and what came of it by gold.
 
-Every stage is the one that a cluster runs, with the YAML of `configs/*/demo.yaml`; only the base model and the
+Every stage is the one that a cluster runs, with the YAML of `configs/demo`; only the base model and the
 evaluation are the demo's own. Nothing is hard-coded: the numbers are what training gives.
 """
 
@@ -19,7 +19,7 @@ from rlhf_ray.demo.world import World
 from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.run_folder import write_atomically
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs/demo"
 HELD_OUT_PAIRS = 400
 C = TypeVar("C", bound=StageConfig)
 
@@ -109,7 +109,7 @@ def _held_out_pairs(world: World) -> list[dict[str, Any]]:
 def _config(kind: type[C], stage: str, folder: Path, seed: int, data: Path, **values: Any) -> C:
     """The stage's demo configuration with this run's places in it."""
     places = {"output_dir": folder, "seed": seed, "data.path": data, **values}
-    return load(kind, CONFIGS / stage / "demo.yaml", [f"{key}={value}" for key, value in places.items()])
+    return load(kind, CONFIGS / f"{stage}.yaml", [f"{key}={value}" for key, value in places.items()])
 
 
 def _fresh(folder: Path) -> Path:

@@ -5,16 +5,20 @@ sharded parameters) see every use of a parameter. A dropped dimension or a head 
 under ZeRO-3 without an error.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.algorithms.logprobs import chunked
+from rlhf_ray.algorithms.logprobs import Reference, TokenStatistics, chunked
 from rlhf_ray.models.packed import Packed, hidden_states
 
 HEAD_CHUNK = 1024
 """Tokens whose logits exist at the same time."""
+
+
+Head = Callable[[Tensor], Tensor]
+"""[n, H] hidden states to [n, V] logits."""
 
 
 class TokenLogprobs(nn.Module):
@@ -31,11 +35,25 @@ class TokenLogprobs(nn.Module):
         """Call the head equally often in every pass of up to `most_tokens`: sharded over ranks, each call gathers."""
         self.head_calls = -(-most_tokens // HEAD_CHUNK)
 
-    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """[R] log-probabilities and [R] entropies in nats, at the sampling temperature, float32."""
-        hidden = hidden_states(self.model.base_model, packed)[packed.predictors]  # type: ignore[arg-type]
+    def forward(self, packed: Packed, reference: Reference | None = None) -> TokenStatistics:
+        """Of the R response tokens, at the sampling temperature, float32; with the KL to `reference` if given."""
+        return self.statistics(self.hidden(packed), packed.targets, reference)
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """[R, H] final hidden states that predict the response tokens."""
+        return hidden_states(self.model.base_model, packed)[packed.predictors]  # type: ignore[arg-type]
+
+    def statistics(self, hidden: Tensor, targets: Tensor, reference: Reference | None = None) -> TokenStatistics:
+        """Of tokens `targets` [R], from their hidden states [R, H]."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return chunked(hidden, head, packed.targets, self.temperature, HEAD_CHUNK, self.head_calls)
+        return chunked(hidden, head, targets, self.temperature, HEAD_CHUNK, self.head_calls, reference)
+
+    def logprobs_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[R, k] log-probabilities of tokens `ids` [R, k], float32, without gradients."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        pieces = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK), strict=True)
+        logits = ((head(rows).float() / self.temperature, chosen) for rows, chosen in pieces)
+        return torch.cat([table.log_softmax(-1).gather(-1, chosen) for table, chosen in logits])
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by the names of the Hugging Face checkpoint; a tied head appears once."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf_ray.models.device import Device
+    from rlhf_ray.models.heads import Head
 
 NORMALISATION = "rlhf_ray_score"
 """Key in a reward model's config.json: {"mean": ..., "sd": ...} of its raw scores on held-out answers."""
@@ -134,6 +135,20 @@ def classifier(path: str, device: "Device", trust_remote_code: bool = False) -> 
         with _whole(model.score.weight):
             nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
     return model
+
+
+def frozen_head(model: "PreTrainedModel") -> "Head":
+    """A copy of a language model's output head as it is now, whole and without gradients.
+
+    A collective under ZeRO-3, while parameters are being sharded.
+    """
+    from torch.nn import functional
+
+    head: Any = model.get_output_embeddings()
+    with _whole(head.weight):
+        weight = head.weight.detach().clone()
+    bias = head.bias.detach().clone() if head.bias is not None else None
+    return lambda hidden: functional.linear(hidden, weight, bias)
 
 
 def score_normalisation(config: "PretrainedConfig") -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of a language model against a reward, held near its start by a per-token KL penalty.
+"""Policy optimisation of a language model against a reward, held near its start by a per-token KL penalty.
 
 `train` reads as the algorithm: generate, score, learn, publish. What each step means stands in actors/; where it runs
 and how failures end stand in runtime/.
@@ -6,29 +6,31 @@ and how failures end stand in runtime/.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_ray.algorithms.kl import AdaptiveKL, FixedKL
-from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.algorithms.kl import AdaptiveKL, BudgetKL, FixedKL
+from rlhf_ray.config.advice import advice
+from rlhf_ray.config.ppo import DAPO, AdaptiveController, BudgetController, PPOConfig
 from rlhf_ray.data import rows
 from rlhf_ray.data.order import SampleOrder
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.templates import ensure_chat_template
-from rlhf_ray.errors import ModelError, StopRequested
+from rlhf_ray.errors import ModelError, StopRequested, TrainingError
 from rlhf_ray.models import load
 from rlhf_ray.records import Ragged
 from rlhf_ray.runtime import checkpoints, interrupts, session
 from rlhf_ray.telemetry.clock import PhaseClock
+from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.tracker import Tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_ray.stages.roles import Roles
+    from rlhf_ray.stages.roles import Chunk, Roles
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 
@@ -45,12 +47,15 @@ class Inputs:
 def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
     """The whole stage; returns what summary.json says. Any failure ends it with an RLHFError, actors gone."""
     with Tracker(config, "ppo") as tracker:
+        for sentence in advice(config):
+            say(f"warning: {sentence}")
         inputs = prepare(config, tracker.folder.path)
         with session.connect(address), interrupts.stoppable():
             from rlhf_ray.stages.roles import Roles  # Ray's actors: not before the input is known to be good
 
             steps = config.ppo.updates * config.ppo.epochs * config.ppo.minibatches
-            with Roles(config, inputs.eos_ids, canary(inputs.prompts), steps) as roles:
+            evidence = tracker.folder.path / "evidence"
+            with Roles(config, inputs.eos_ids, canary(inputs.prompts), steps, evidence) as roles:
                 totals = Totals()
                 with _saved_when_stopped(config, roles, tracker, totals):
                     train(config, inputs, roles, tracker, totals)
@@ -81,34 +86,30 @@ def prepare(config: PPOConfig, folder: Path) -> Inputs:
 
 def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, totals: "Totals") -> None:
     """Every update of the run. What it comes to is added up in `totals`."""
-    ppo, rollout = config.ppo, config.rollout
+    ppo = config.ppo
     order = SampleOrder(len(inputs.prompts), config.seed)
     controller = kl_controller(config)
     clock = PhaseClock()
     roles.publish(0)
     progress = tracker.progress(ppo.updates, "PPO")
     for update in range(ppo.updates):
-        with clock.phase("generate"):
-            first = order.position
-            chosen = order.take(rollout.prompts_per_update)
-            prompts = Ragged.of([inputs.prompts[row].ids for row in chosen], np.int32)
-            sample_ids = (first + np.arange(len(chosen), dtype=np.int64)) * rollout.samples_per_prompt
-            chunks = roles.generate(prompts, sample_ids)
-        with clock.phase("score"):
-            roles.wait_scored(chunks)
+        rollouts = roll_out(config, inputs, roles, order, clock)
         with clock.phase("learn"):
-            learned = roles.learn(chunks, controller.coefficient, update)
+            learned = roles.learn(rollouts.chunks, controller.coefficient, update, rollouts.answers, rollouts.kept)
+        for warning in learned.warnings:
+            tracker.alert(f"update {update}", warning)
         if learned.interrupted:
             break
         with clock.phase("publish"):
             published = roles.publish(update + 1)
-        controller.update(learned.metrics["objective/kl"], len(chosen) * rollout.samples_per_prompt)
+        kl = learned.metrics.get("objective/kl_full", learned.metrics["objective/kl"])
+        controller.update(kl, rollouts.answers)
         with clock.phase("checkpoint"):
             last = update + 1 == ppo.updates
             if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
                 totals.policy = save(config, roles, tracker, update + 1, controller.state())
         tracker.samples(update, [readable(inputs.tokenizer, sample) for sample in learned.samples])
-        metrics = {**learned.metrics, **published, **clock.finish()}
+        metrics = {**learned.metrics, **published, **rollouts.metrics, **clock.finish()}
         metrics["tokens/total"] = totals.add(metrics)
         metrics["tokens/per_s"] = metrics["tokens/generated"] / metrics["time/update"]
         tracker.log(update, metrics)
@@ -118,11 +119,69 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, t
     interrupts.Interrupt.check()
 
 
-def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
-    kl = config.ppo.kl
-    if kl.controller == "fixed":
-        return FixedKL(kl.coefficient)
-    return AdaptiveKL(kl.coefficient, kl.target, kl.horizon)
+@dataclass
+class Rollouts:
+    """What an update trains on."""
+
+    chunks: list["Chunk"]
+    answers: int
+    """How many must be in the chunks."""
+    kept: np.ndarray | None = None
+    """Numbers of the prompts to train on; none: all."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def roll_out(config: PPOConfig, inputs: Inputs, roles: "Roles", order: SampleOrder, clock: PhaseClock) -> Rollouts:
+    """Answers to the next prompts, scored. DAPO replaces prompts whose answers are all paid alike by later ones.
+
+    Raises TrainingError when no prompt's answers differ, however often they were replaced.
+    """
+    wanted, algorithm = config.rollout.prompts_per_update, config.ppo.algorithm
+    if not isinstance(algorithm, DAPO):
+        return _answers(config, inputs, roles, order, clock, wanted)
+    found = Rollouts([], 0)
+    kept = np.empty(0, np.int64)
+    refills = -1
+    while len(kept) < wanted and refills < algorithm.max_refills:
+        more = _answers(config, inputs, roles, order, clock, wanted - len(kept))
+        with clock.phase("score"):
+            kept = np.concatenate([kept, roles.prompts_with_signal(more.chunks)])
+        found.chunks += more.chunks
+        found.answers += more.answers
+        refills += 1
+    asked = found.answers // config.rollout.samples_per_prompt
+    if not len(kept):
+        raise TrainingError(
+            f"all answers to each of {asked} prompts are paid alike: nothing to learn from. Sample more answers a "
+            "prompt (rollout.samples_per_prompt) or give a reward that tells them apart"
+        )
+    found.kept = kept
+    found.metrics = {"rollout/prompts_dropped": float(asked - len(kept)), "rollout/refills": float(refills)}
+    return found
+
+
+def _answers(
+    config: PPOConfig, inputs: Inputs, roles: "Roles", order: SampleOrder, clock: PhaseClock, prompts: int
+) -> Rollouts:
+    samples = config.rollout.samples_per_prompt
+    with clock.phase("generate"):
+        first = order.position
+        chosen = order.take(prompts)
+        ids = Ragged.of([inputs.prompts[row].ids for row in chosen], np.int32)
+        chunks = roles.generate(ids, (first + np.arange(len(chosen), dtype=np.int64)) * samples)
+    with clock.phase("score"):
+        roles.wait_scored(chunks)
+    return Rollouts(chunks, len(chosen) * samples)
+
+
+def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL | BudgetKL:
+    beta = config.ppo.kl.coefficient
+    match config.ppo.kl.controller:
+        case AdaptiveController(target=target, horizon=horizon):
+            return AdaptiveKL(beta, target, horizon)
+        case BudgetController(budget=budget, rate=rate):
+            return BudgetKL(beta, budget, rate)
+    return FixedKL(beta)
 
 
 def canary(prompts: list[rows.Prompt]) -> Ragged:

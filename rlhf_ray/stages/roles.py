@@ -16,7 +16,7 @@ import ray
 from rlhf_ray.actors import reward as rewards
 from rlhf_ray.actors import rollout, weight_transfer
 from rlhf_ray.actors.learner import Learner, Update
-from rlhf_ray.actors.reference import Reference
+from rlhf_ray.actors.reference import Form, Reference
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.errors import PublicationError, TrainingError
 from rlhf_ray.records import Ragged
@@ -36,19 +36,23 @@ class Chunk:
     """Trajectories under way through the roles: references only."""
 
     trajectories: Any
-    reference_logprobs: Any
+    reference: Any
     scores: Any
 
     @property
     def columns(self) -> list[Any]:
-        return [self.trajectories, self.reference_logprobs, self.scores]
+        return [self.trajectories, self.reference, self.scores]
 
 
 class Roles:
     """Use as a context: roles are up within it and gone after it, whatever happened."""
 
-    def __init__(self, config: PPOConfig, eos_ids: tuple[int, ...], canary: Ragged, optimizer_steps: int) -> None:
+    def __init__(
+        self, config: PPOConfig, eos_ids: tuple[int, ...], canary: Ragged, optimizer_steps: int, evidence: Path
+    ) -> None:
+        """`evidence` is where the learner keeps a batch that breaks an invariant."""
         self.config = config
+        self.evidence = str(evidence.absolute())
         self.eos_ids = eos_ids
         self.canary = canary
         self.optimizer_steps = optimizer_steps
@@ -89,7 +93,7 @@ class Roles:
         return [
             Chunk(
                 trajectories,
-                self.references[references.assign(1)].logprobs.remote(trajectories),
+                self.references[references.assign(1)].score.remote(trajectories),
                 self.rewards[scorers.assign(1)].scores.remote(trajectories),
             )
             for trajectories in self._arrivals(streams)
@@ -106,11 +110,19 @@ class Roles:
             if waiting and waited > self.deadline_s:
                 raise late("reference and reward", "scoring", self.deadline_s)
 
-    def learn(self, chunks: list[Chunk], coefficient: float, update: int) -> Update:
-        """One PPO update on all ranks. `coefficient` is the KL penalty's beta."""
-        answers = self.config.rollout.prompts_per_update * self.config.rollout.samples_per_prompt
+    def prompts_with_signal(self, chunks: list[Chunk]) -> np.ndarray:
+        """Numbers of the prompts whose answers are not all paid alike."""
         columns = [chunk.columns for chunk in chunks]
-        results = self._all_ranks("update", columns, coefficient, update, answers, doing=f"update {update}")
+        asked = self.ranks[0].prompts_with_signal.remote(columns)
+        return fetch(asked, self.deadline_s, "learner rank 0", "looking for prompts with signal")
+
+    def learn(
+        self, chunks: list[Chunk], coefficient: float, update: int, answers: int, kept: np.ndarray | None = None
+    ) -> Update:
+        """One update on all ranks. `coefficient` is the KL penalty's beta; `answers` is how many there must be; `kept`
+        are the numbers of the prompts to train on, all where none are named."""
+        columns = [chunk.columns for chunk in chunks]
+        results = self._all_ranks("update", columns, coefficient, update, answers, kept, doing=f"update {update}")
         return results[0]
 
     def publish(self, version: int) -> dict[str, float]:
@@ -176,6 +188,7 @@ class Roles:
                 config,
                 rank,
                 config.reward.model is not None,
+                self.evidence,
                 env=torch_environment(self._learner_threads()),
                 concurrency_groups={"control": 1},
             )
@@ -193,6 +206,7 @@ class Roles:
                 config.policy,
                 config.rollout.temperature,
                 tokens,
+                self._reference_form(),
                 config.device,
                 trust,
                 env=one_thread,
@@ -225,6 +239,12 @@ class Roles:
             kind, arguments = rewards.RewardServer, (source.url, source.deadline_s, config.policy, trust)
         return self.placement.start("reward", number, kind, *arguments, env=env)
 
+    def _reference_form(self) -> Form:
+        kl = self.config.ppo.kl
+        if kl.estimator != "full":
+            return "sampled"
+        return "top_k" if kl.top_k else "hidden"
+
     def _rollout_settings(self, backend: str) -> rollout.RolloutSettings:
         config = self.config
         tensor_parallel = max(1, int(config.roles.rollout.gpus))
@@ -234,6 +254,7 @@ class Roles:
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
             samples_per_prompt=config.rollout.samples_per_prompt,
+            top_k=config.ppo.kl.top_k or 0,
             kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30 / tensor_parallel),
             dtype=config.dtype,
             tensor_parallel=tensor_parallel,

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +37,41 @@ if TYPE_CHECKING:
 Rows = NDArray[np.int64]
 """[n] numbers of rows: examples of SFT, pairs of the reward model."""
 
+MEASURING = "measuring held-out rows"
 
-class Objective(ABC):
-    """Rows and what is learnt from them. A row gives K outputs, and a loss is a function of them alone."""
+
+class Measured(ABC):
+    """Rows of which a model computes K outputs each."""
 
     lengths: NDArray[np.int64]
     """[rows] tokens."""
-    weights: NDArray[np.int64]
-    """[rows] what each row adds to the count that a step's loss is divided by."""
     outputs: int
     """K"""
+
+    @abstractmethod
+    def forward(self, engine: Any, rows: Rows, device: torch.device) -> Tensor:
+        """[n, K] outputs of `rows`, computed as one packed pass."""
+
+
+Measure = Callable[[Measured, Rows], Tensor]
+"""[n, K] outputs of rows by the model as it is, without gradients, on every rank's CPU. A collective."""
+
+
+class Objective(Measured):
+    """Rows and what is learnt from them. A loss is a function of a row's outputs and of what was noted before."""
+
+    weights: NDArray[np.int64]
+    """[rows] what each row adds to the count that a step's loss is divided by."""
 
     @abstractmethod
     def module(self, config: SupervisedConfig) -> nn.Module:
         """The model with its head; its `model` is what gets saved."""
 
-    @abstractmethod
-    def forward(self, engine: Any, rows: Rows, device: torch.device) -> Tensor:
-        """[n, K] outputs of `rows`, computed as one packed pass."""
+    def before_training(self, rows: Rows, measure: Measure) -> None:
+        """Notes what the untrained model says of `rows`, once for the rows to train on and once for those held out."""
+
+    def before_losses(self, rows: Rows, measure: Measure) -> None:
+        """Notes what the losses of `rows`, a step's or those held out, need of all of them together."""
 
     @abstractmethod
     def losses(self, outputs: Tensor, rows: Rows) -> Tensor:
@@ -67,7 +85,7 @@ class Objective(ABC):
     def held_out_metrics(self, outputs: Tensor, rows: Rows) -> dict[str, float]:
         """What is measured on rows kept from training."""
 
-    def describe(self, model_config: Any, outputs: Tensor) -> None:  # noqa: B027  most models have nothing to add
+    def describe(self, model_config: Any, outputs: Tensor) -> None:
         """Notes in the model's config.json, before it is saved, what `outputs` on held-out rows say of it."""
 
     def loss(self, outputs: Tensor, rows: Rows) -> Tensor:
@@ -165,6 +183,7 @@ class Rank:
         """All steps, measuring held-out rows before the first and after every epoch; saves the model."""
         config, training = self.job.config, self.job.config.training
         order = SampleOrder(len(self.job.train), config.seed)
+        self._note_reference()
         self._log(0, self._measure(0))
         left = training.epochs * len(self.job.train)
         for step in range(1, self.job.steps + 1):
@@ -189,8 +208,9 @@ class Rank:
         objective = self.job.objective
         # DeepSpeed averages gradients over ranks; sums over rows need the world back.
         scale = self.world / int(objective.weights[rows].sum())
-        table = self._table(rows)
-        for batch in self._passes(rows):
+        objective.before_losses(rows, partial(self._outputs, f"training step {step}"))
+        table = Table(len(rows), objective.outputs, self.device)
+        for batch in self._passes(objective, rows):
             some = rows[batch.places]
             outputs = objective.forward(self.engine, some, self.device)
             self.engine.backward(objective.losses(outputs, some).sum() * scale * batch.real)
@@ -207,22 +227,34 @@ class Rank:
         norm = zero.step(self.engine, f"step {step}")
         return {**objective.step_metrics(outputs, rows), "lr/model": learning_rate, "model/grad_norm": norm}
 
+    def _note_reference(self) -> None:
+        measure = partial(self._outputs, "measuring the model before its training")
+        for rows in (self.job.train, self.job.held_out):
+            self.job.objective.before_training(rows, measure)
+
     def _measure(self, step: int) -> dict[str, float]:
         """Metrics of the held-out rows after `step`; none where no row is held out."""
-        if len(self.job.held_out) == 0:
+        objective, rows = self.job.objective, self.job.held_out
+        if len(rows) == 0:
             return {}
-        return self.job.objective.held_out_metrics(self._held_out_outputs(step), self.job.held_out)
+        objective.before_losses(rows, partial(self._outputs, MEASURING))
+        return objective.held_out_metrics(self._held_out_outputs(step), rows)
 
-    @torch.no_grad()
     def _held_out_outputs(self, step: int) -> Tensor:
         if self.measured is None or self.measured[0] != step:
-            table = self._table(self.job.held_out)
-            for batch in self._passes(self.job.held_out):
-                self._at("measuring held-out rows")
-                rows = self.job.held_out[batch.places]
-                table.fill(batch, self.job.objective.forward(self.engine, rows, self.device))
-            self.measured = (step, table.gather())
+            self.measured = (step, self._outputs(MEASURING, self.job.objective, self.job.held_out))
         return self.measured[1]
+
+    @torch.no_grad()
+    def _outputs(self, doing: str, measured: Measured, rows: Rows) -> Tensor:
+        """What the driver hears that the workers are `doing`; else see `Measure`."""
+        if len(rows) == 0:
+            return torch.zeros(0, measured.outputs)
+        table = Table(len(rows), measured.outputs, self.device)
+        for batch in self._passes(measured, rows):
+            self._at(doing)
+            table.fill(batch, measured.forward(self.engine, rows[batch.places], self.device))
+        return table.gather()
 
     def _save(self, name: str, step: int) -> None:
         """Writes the model as a Hugging Face folder. A collective; rank 0 writes."""
@@ -248,12 +280,9 @@ class Rank:
         )
         self._tell(Saved(str(place)))
 
-    def _passes(self, rows: Rows) -> list[Pass]:
+    def _passes(self, measured: Measured, rows: Rows) -> list[Pass]:
         budget = self.job.config.training.tokens_per_micro_batch
-        return passes(self.job.objective.lengths[rows].tolist(), budget, self.rank, self.world)
-
-    def _table(self, rows: Rows) -> "Table":
-        return Table(len(rows), self.job.objective.outputs, self.device)
+        return passes(measured.lengths[rows].tolist(), budget, self.rank, self.world)
 
     def _stop_agreed(self) -> bool:
         asked = torch.tensor(float(self.stop_asked), device=self.device)

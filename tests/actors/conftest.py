@@ -59,6 +59,7 @@ def engines(ray_cluster: None, rollout_models: dict[str, Path], request: pytest.
         max_new_tokens=24,
         temperature=0.7,
         samples_per_prompt=3,
+        top_k=4,
         kv_cache_bytes=16 << 20,
         dtype="float32",
         tensor_parallel=1,
@@ -66,7 +67,7 @@ def engines(ray_cluster: None, rollout_models: dict[str, Path], request: pytest.
         eos_token_ids=(EOS,),
         trust_remote_code=False,
     )
-    tied = replace(settings, model=str(rollout_models["tied"]), temperature=1.0, transfer_backend="gloo")
+    tied = replace(settings, model=str(rollout_models["tied"]), temperature=1.0, top_k=0, transfer_backend="gloo")
     variables = environment("cpu", request.config.cache.mkdir("vllm"))  # type: ignore[union-attr]
     kind = ray.remote(RolloutEngine).options(num_cpus=1, runtime_env={"env_vars": variables})
     handles = [kind.remote(settings), kind.remote(tied), kind.remote(tied)]

@@ -34,6 +34,16 @@ def oracle_of(model: Any, answers: Trajectories, temperature: float) -> np.ndarr
     return oracle(model, [answers.sequence(row) for row in rows], answers.prompt_lengths.tolist(), temperature)
 
 
+@torch.no_grad()
+def logprob_tables(model: Any, answers: Trajectories) -> np.ndarray:
+    """[N, V] log-probabilities of every token at each place of the answers, at temperature 1."""
+    tables = []
+    for row in range(len(answers)):
+        ids, length = torch.from_numpy(answers.sequence(row).astype(np.int64)), len(answers.prompt(row))
+        tables.append(model(ids[None]).logits[0, length - 1 : -1].log_softmax(-1).numpy())
+    return np.concatenate(tables)
+
+
 def prompts_of(count: int, length: int, seed: int = 0) -> Ragged:
     numbers = np.random.default_rng(seed)
     return Ragged.of([numbers.integers(8, VOCABULARY, length) for _ in range(count)], np.int32)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.actors.reference import Reference
 from rlhf_ray.config.ppo import PPOConfig
-from rlhf_ray.records import Finish, Ragged, Trajectories
+from rlhf_ray.errors import DataError
+from rlhf_ray.records import Finish, Ragged, ReferenceColumns, Trajectories, no_columns
+from rlhf_ray.stages.replay import replay
 from tests import tiny
 
 pytestmark = pytest.mark.real
@@ -24,18 +28,21 @@ class Host:
     def open(self, config: PPOConfig, rank: int) -> tuple[str, int] | None:
         from rlhf_ray.actors.learner import Learner
 
-        self.first = Learner(config, rank, critic_is_reward_model=False)
+        self.first = Learner(config, rank, critic_is_reward_model=False, evidence="")
         return self.first.open_store() if rank == 0 else None
 
     def join(self, address: tuple[str, int]) -> None:
         self.first.join(address)
 
-    def update(self, config: PPOConfig, rank: int, chunks: list[Any]) -> dict[str, float]:
+    def update(self, config: PPOConfig, rank: int, chunks: list[Any], evidence: str, kept: Any) -> Any:
         from rlhf_ray.actors.learner import Learner
 
-        self.learner = Learner(config, rank, critic_is_reward_model=False)
+        self.learner = Learner(config, rank, critic_is_reward_model=False, evidence=evidence)
         self.learner.load(config.ppo.epochs * config.ppo.minibatches)
-        return self.learner.update(chunks, BETA, 0, ANSWERS).metrics
+        return self.learner.update(chunks, BETA, 0, ANSWERS, kept)
+
+    def prompts_with_signal(self, chunks: list[Any]) -> np.ndarray:
+        return self.learner.prompts_with_signal(chunks)
 
     def weights(self) -> dict[str, np.ndarray]:
         from rlhf_ray.models.zero import whole_weights
@@ -47,7 +54,8 @@ class Host:
 class Ranks:
     """`world` hosts that have joined."""
 
-    def __init__(self, world: int, policy: str) -> None:
+    def __init__(self, world: int, policy: str, elsewhere: Path) -> None:
+        """`elsewhere` is for evidence that a test does not look at."""
         import ray
 
         from rlhf_ray.runtime.environment import torch_environment
@@ -55,19 +63,22 @@ class Ranks:
         ray.cloudpickle.register_pickle_by_value(sys.modules[Host.__module__])  # tests are not on the workers' path
         kind = ray.remote(Host).options(num_cpus=1, runtime_env={"env_vars": torch_environment(1)})
         self.hosts = [kind.remote() for _ in range(world)]
-        self.world = world
+        self.world, self.elsewhere = world, elsewhere
         opened = [host.open.remote(config(policy, world), rank) for rank, host in enumerate(self.hosts)]
         address = ray.get(opened, timeout=90)[0]
         ray.get([host.join.remote(address) for host in self.hosts], timeout=60)
 
     def run(self, chosen: PPOConfig, columns: tuple) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics of one update from fresh models, and the weights after it."""
+        return self.update(chosen, columns).metrics, self.weights()
+
+    def update(self, chosen: PPOConfig, columns: tuple, evidence: Path | None = None, kept: Any = None) -> Any:
         import ray
 
+        place = str(evidence or self.elsewhere)
         chunk = [ray.put(column) for column in columns]
-        updates = [host.update.remote(chosen, rank, [chunk]) for rank, host in enumerate(self.hosts)]
-        metrics = ray.get(updates, timeout=120)[0]
-        return metrics, self.weights()
+        updates = [host.update.remote(chosen, rank, [chunk], place, kept) for rank, host in enumerate(self.hosts)]
+        return ray.get(updates, timeout=120)[0]
 
     def weights(self) -> dict[str, np.ndarray]:
         import ray
@@ -81,17 +92,22 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def one(ray_cluster: None, policy: str) -> Ranks:
-    return Ranks(1, policy)
+def other_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_policy(tmp_path_factory.mktemp("other"), seed=7)
 
 
 @pytest.fixture(scope="module")
-def two(ray_cluster: None, policy: str) -> Ranks:
-    return Ranks(2, policy)
+def one(ray_cluster: None, policy: str, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(1, policy, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
-def columns() -> tuple[Trajectories, np.ndarray, np.ndarray]:
+def two(ray_cluster: None, policy: str, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(2, policy, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def columns() -> tuple[Trajectories, ReferenceColumns, np.ndarray]:
     """Seven answers of different lengths to three prompts; one was cut off."""
     random = np.random.default_rng(0)
     responses = Ragged.of([random.integers(6, 40, length) for length in (3, 9, 1, 14, 6, 11, 2)], np.int32)
@@ -106,20 +122,31 @@ def columns() -> tuple[Trajectories, np.ndarray, np.ndarray]:
         finish=finish,
         sample_ids=np.arange(ANSWERS, dtype=np.int64),
         weight_version=np.zeros(ANSWERS, np.int32),
+        top_ids=no_columns(tokens),
     )
-    reference = random.normal(-4, 1, tokens).astype(np.float32)
+    reference = ReferenceColumns.sampled(random.normal(-4, 1, tokens).astype(np.float32))
     return trajectories, reference, random.normal(0, 1, ANSWERS).astype(np.float32)
 
 
-def config(policy: str, ranks: int = 1, stage: int = 1, budget: int = 4096, **ppo: Any) -> PPOConfig:
+def config(
+    policy: str, ranks: int = 1, stage: int = 1, budget: int = 4096, rollout: Any = None, **ppo: Any
+) -> PPOConfig:
     return PPOConfig.model_validate(
         {
             "name": "x",
             "policy": policy,
             "reward": {"function": "a:b"},
             "data": {"path": "d", "max_tokens": 8},
-            "rollout": {"max_new_tokens": 16, "temperature": 0.7},
-            "ppo": {"epochs": 2, "minibatches": 2, "clip_ratio": 0.05, **ppo},
+            "rollout": {"max_new_tokens": 16, "temperature": 0.7, **(rollout or {})},
+            # Columns are made up: no model is their reference or their sampler.
+            "ppo": {
+                "epochs": 2,
+                "minibatches": 2,
+                "algorithm": {"clip_ratio": 0.05},
+                "correction": "none",
+                "on_breach": "warn",
+                **ppo,
+            },
             "learner": {
                 "tokens_per_micro_batch": budget,
                 "zero": {"stage": stage},
@@ -159,7 +186,8 @@ def test_ranks_shards_and_micro_batches_change_neither_weights_nor_metrics(
 def test_one_update_is_what_plain_pytorch_computes(one: Ranks, policy: str, columns: tuple) -> None:
     """One epoch, one minibatch: loops over tokens, no packing, torch's own Adam and clipping."""
     metrics, weights = one.run(config(policy, epochs=1, minibatches=1, entropy_bonus=0.01), columns)
-    trajectories, reference, scores = columns
+    trajectories, sent, scores = columns
+    reference = sent.logprobs
     model = _fresh(policy)
     temperature, penalty, tokens = 0.7, 1.0, trajectories.tokens
     logprobs, entropies, advantages, kl_total = [], [], [], 0.0
@@ -202,20 +230,141 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(
     one: Ranks, policy: str, columns: tuple, stage: int
 ) -> None:
     trajectories, reference, scores = columns
-    broken = reference.copy()
+    broken = reference.logprobs.copy()
     broken[5] = np.nan
     with pytest.raises(Exception, match="the loss at update 0, epoch 0 is not finite"):
-        one.run(config(policy, stage=stage), (trajectories, broken, scores))
+        one.run(config(policy, stage=stage), (trajectories, ReferenceColumns.sampled(broken), scores))
     after = one.weights()
     for name, parameter in _fresh(policy).named_parameters():
         assert np.array_equal(after[name], parameter.detach().numpy())
+
+
+# Other algorithms, and the KL over the whole vocabulary
+
+GROUPED = {"samples_per_prompt": 7}  # all answers are of one group: sample ids count from zero
+FORMS = {
+    "grpo": {"algorithm": {"name": "grpo", "clip_ratio": 0.05}},
+    "gspo": {"algorithm": {"name": "gspo", "clip_ratio": 0.001}, "kl": {"estimator": "k2", "placement": "loss"}},
+    "rloo": {"algorithm": "rloo", "correction": {"name": "truncate", "level": "geometric"}},
+    "full KL as a loss": {"kl": {"estimator": "full", "placement": "loss"}},
+    "top-k KL in the reward": {"kl": {"estimator": "full", "top_k": 5}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_the_algorithm_ranks_and_micro_batches_change_nothing(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, form: str
+) -> None:
+    chosen = {"rollout": GROUPED, "missing_eos_penalty": None, **FORMS[form]}
+    sent = as_sent(columns, chosen.get("kl", {}), policy)
+    metrics, weights = one.run(config(policy, **chosen), sent)
+    split_metrics, split_weights = two.run(config(policy, 2, 1, 24, **chosen), sent)
+    assert set(metrics) == set(split_metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+    for name, value in metrics.items():
+        assert split_metrics[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    start = {name: p.detach().numpy() for name, p in _fresh(policy).named_parameters()}
+    moved = max(float(np.abs(weights[name] - start[name]).max()) for name in weights)
+    apart = max(float(np.abs(weights[name] - split_weights[name]).max()) for name in weights)
+    assert moved > 1e-2
+    assert apart < 0.02 * moved
+
+
+def as_sent(columns: tuple, kl: dict[str, Any], policy: str) -> tuple:
+    """With what the reference, the policy with its weights moved, sends for this form of the KL."""
+    trajectories, _, scores = columns
+    if kl.get("estimator") != "full":
+        return columns
+    top = np.argsort(-np.random.default_rng(3).random((trajectories.tokens, 64)))[:, : kl.get("top_k", 0)]
+    trajectories = replace(trajectories, top_ids=top.astype(np.uint16))
+    form = "top_k" if "top_k" in kl else "hidden"
+    return trajectories, Reference(policy, 0.7, 64, form, "cpu", False).score(trajectories), scores
+
+
+def test_the_full_kl_to_the_policy_itself_is_zero_and_to_another_what_plain_logits_say(
+    one: Ranks, policy: str, other_policy: str, columns: tuple
+) -> None:
+    trajectories, _, scores = columns
+    form = {"kl": {"estimator": "full", "placement": "loss"}, "epochs": 1, "minibatches": 1}
+    itself, _ = one.run(config(policy, **form), as_sent(columns, form["kl"], policy))
+    assert itself["objective/kl_full"] == pytest.approx(0, abs=1e-5)
+    assert itself["loss/kl_avg"] == pytest.approx(0, abs=1e-6)
+
+    # Another reference's hidden states through this head: what a learner that has only this one makes of them.
+    sent = Reference(other_policy, 0.7, 64, "hidden", "cpu", False).score(trajectories)
+    found, _ = one.run(config(policy, **form), (trajectories, sent, scores))
+    mine, head = _fresh(policy), _fresh(policy).lm_head
+    other, total = _fresh(other_policy), 0.0
+    for row in range(ANSWERS):
+        ids, prompt = torch.from_numpy(trajectories.sequence(row).astype(np.int64)), len(trajectories.prompt(row))
+        with torch.no_grad():
+            p = (mine(ids[None]).logits[0, prompt - 1 : -1].double() / 0.7).log_softmax(-1)
+            q = (head(other.model(ids[None]).last_hidden_state[0, prompt - 1 : -1]).double() / 0.7).log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+    assert found["objective/kl_full"] == pytest.approx(total / ANSWERS, rel=1e-4)
+    assert found["loss/kl_avg"] == pytest.approx(total / trajectories.tokens, rel=1e-4)
+
+
+def test_prompts_whose_answers_are_paid_alike_are_found_and_left_out(one: Ranks, policy: str, columns: tuple) -> None:
+    import ray
+
+    trajectories, reference, _ = columns
+    scores = np.array([1, 1, 2, 2, 2, 3, 0], np.float32)
+    chosen = config(policy, rollout={"samples_per_prompt": 2}, missing_eos_penalty=None)
+    sent = (trajectories, reference, scores)
+    everything = one.update(chosen, sent)
+    chunk = [ray.put(column) for column in sent]
+    # Prompt 0: 1, 1; prompt 1: 2, 2; prompt 2: 2, 3; prompt 3: 0 alone.
+    signal = ray.get(one.hosts[0].prompts_with_signal.remote([chunk]), timeout=60)
+    assert signal.tolist() == [2]
+    kept = one.update(chosen, sent, kept=signal)
+    assert kept.metrics["tokens/trained"] == 6 + 11
+    assert kept.metrics["tokens/generated"] == everything.metrics["tokens/trained"] == trajectories.tokens
+    assert kept.metrics["objective/scores"] == 2.5
+
+
+# Invariants
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_breach_stops_before_any_step_and_what_broke_it_can_be_replayed(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, tmp_path: Path, ranks: int
+) -> None:
+    evidence = tmp_path / "evidence"
+    hosts = one if ranks == 1 else two
+    with pytest.raises(Exception, match="before anything is learned, policy and reference differ by") as caught:
+        hosts.update(config(policy, ranks, on_breach="stop"), columns, evidence)
+    folder = evidence / "update_000000"
+    assert f"rlhf-ray replay {folder}" in str(caught.value)
+    after = hosts.weights()
+    assert all(np.array_equal(after[name], p.detach().numpy()) for name, p in _fresh(policy).named_parameters())
+
+    said = replay(folder)
+    assert "policy and reference differ by" in said.splitlines()[0]
+    assert "7 answers, 46 tokens, beta 0.1" in said
+    # One process reads what the ranks read: the same log-probabilities, to rounding.
+    line = next(line for line in said.splitlines() if "the run's own before the update" in line)
+    assert float(line.split("largest ")[1].split()[0]) < 1e-5
+    assert "worst tokens" in said
+
+
+def test_a_breach_only_warns_when_asked_to(one: Ranks, policy: str, columns: tuple) -> None:
+    update = one.update(config(policy, on_breach="warn"), columns)
+    [_] = [text for text in update.warnings if "policy and reference differ" in text]
+    assert "engine and learner differ by" in " ".join(update.warnings)
+    assert update.metrics["policy/grad_norm"] > 0
+
+
+def test_a_replay_of_something_else_says_what_it_expected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no batch.safetensors, config.yaml.*expected a folder that a run leaves"):
+        replay(tmp_path)
 
 
 def test_a_lost_answer_is_noticed(one: Ranks, policy: str, columns: tuple) -> None:
     trajectories, reference, scores = columns
     fewer = trajectories.take(np.arange(ANSWERS - 1))
     with pytest.raises(Exception, match="7 answers were asked for; 6 arrived, 6 of them distinct"):
-        one.run(config(policy), (fewer, reference[: fewer.tokens], scores[:-1]))
+        one.run(config(policy), (fewer, reference.take(np.arange(fewer.tokens)), scores[:-1]))
 
 
 def _fresh(policy: str) -> Any:

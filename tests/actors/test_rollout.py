@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import ray
-from real_engines import EOS, chunks, generate, learner_model, oracle, oracle_of, prompts_of
+from real_engines import EOS, chunks, generate, learner_model, logprob_tables, oracle, oracle_of, prompts_of
 
 from rlhf_ray.actors.rollout import _stream, environment
 from rlhf_ray.records import Finish, Ragged
@@ -44,6 +44,25 @@ def test_sampler_log_probabilities_are_the_model_s_at_the_sampling_temperature(
     expected = oracle_of(learner_model(rollout_models[folder]), answers, temperature)
     assert answers.sampler_logprobs.dtype == np.float32
     np.testing.assert_allclose(answers.sampler_logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.real
+def test_the_likeliest_tokens_of_each_place_are_noted_by_the_model_s_own_order(engines, rollout_models):
+    answers = generate(engines[UNTIED], prompts_of(6, 20), np.arange(6) * 3)
+    assert answers.top_ids.shape == (answers.tokens, 4) and answers.top_ids.dtype == np.uint16
+    tables = logprob_tables(learner_model(rollout_models["untied"]), answers)
+    for place, table in enumerate(tables):
+        # By their probabilities: two that are all but equal may come in either order.
+        noted, likeliest = np.sort(table[answers.top_ids[place]]), np.sort(table)[-4:]
+        np.testing.assert_allclose(noted, likeliest, atol=1e-4)
+        assert len(set(answers.top_ids[place].tolist())) == 4
+    assert generate(engines[TIED], prompts_of(1, 5), [0]).top_ids.shape[1] == 0
+
+
+@pytest.mark.real
+def test_ids_of_a_small_vocabulary_travel_in_two_bytes(engines):
+    answers = generate(engines[TIED], prompts_of(2, 5), [0, 3])
+    assert answers.responses.values.dtype == answers.prompts.values.dtype == np.uint16
 
 
 @pytest.mark.real

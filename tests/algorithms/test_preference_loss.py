@@ -1,4 +1,7 @@
 import math
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -7,7 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_ray.algorithms.preference_loss import accuracy, bradley_terry, brier, expected_calibration_error
+from rlhf_ray.algorithms.preference_loss import (
+    PAIRED,
+    accuracy,
+    bradley_terry,
+    brier,
+    dpo,
+    expected_calibration_error,
+    ipo,
+    kto,
+    kto_reference_point,
+)
+from rlhf_ray.config.supervised import DPOConfig
 
 MEASURES = [accuracy, brier, expected_calibration_error]
 Probability = st.floats(0, 1)
@@ -108,3 +122,210 @@ def test_measures_do_not_depend_on_which_of_a_pair_is_named_first(measure, pairs
     swapped = torch.tensor([swaps >> place & 1 for place in range(len(pairs))], dtype=torch.bool)
     other = [torch.where(swapped, 1 - x, x) for x in (probabilities, labels)]
     torch.testing.assert_close(measure(*other), measure(probabilities, labels))
+
+
+# Direct preference learning
+
+LogRatio = st.floats(-20, 20)
+Beta = st.floats(0.01, 2)
+
+
+def doubles(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def expected_dpo(chosen: float, rejected: float, p: float, beta: float) -> float:
+    d = beta * (chosen - rejected)
+    return p * math.log1p(math.exp(-d)) + (1 - p) * math.log1p(math.exp(d))
+
+
+def expected_ipo(chosen: float, rejected: float, p: float, beta: float) -> float:
+    """Azar et al. 2023 in the form that the derivation of eq. 17 starts from: regression of h on a coin of bias p, the
+    better answer named first or second alike, less the part that no policy changes."""
+    regression = 0.0
+    for first, second, wins in ((chosen, rejected, p), (rejected, chosen, 1 - p)):
+        for coin, probability in ((1, wins), (0, 1 - wins)):
+            regression += 0.5 * probability * (first - second - coin / beta) ** 2
+    return regression - 0.25 / beta**2
+
+
+ORACLES = {"sigmoid": expected_dpo, "ipo": expected_ipo}
+
+
+def test_the_configuration_offers_the_losses_that_there_are() -> None:
+    assert set(get_args(DPOConfig.model_fields["loss"].annotation)) == {*PAIRED, "kto"} == {*ORACLES, "kto"}
+
+
+def test_dpo_matches_numbers_worked_by_hand() -> None:
+    # beta 0.5 of a difference of 2 ln 3 is ln 3, so sigmoid(d) = 3/4; then a label of 0.9, then the worse one first.
+    chosen, rejected = doubles(2 * math.log(3) - 7, 2 * math.log(3), -7), doubles(-7, 0, 2 * math.log(3) - 7)
+    losses = dpo(chosen, rejected, doubles(1, 0.9, 1), 0.5)
+    by_hand = [-math.log(0.75), -0.9 * math.log(0.75) - 0.1 * math.log(0.25), -math.log(0.25)]
+    assert losses.tolist() == pytest.approx(by_hand)
+
+
+def test_ipo_matches_numbers_worked_by_hand() -> None:
+    # beta 0.25: h should be 2. Here it is 3, then 3 at a label of 0.75: 0.75 * 1^2 + 0.25 * 5^2.
+    assert ipo(doubles(1, 1), doubles(-2, -2), doubles(1, 0.75), 0.25).tolist() == pytest.approx([1, 7])
+
+
+def test_kto_matches_numbers_worked_by_hand() -> None:
+    # beta 0.5, reference point 1. Log-ratio 1 + 2 ln 3 is ln 3 above it, 1 - 2 ln 3 as far below.
+    up, down = 1 + 2 * math.log(3), 1 - 2 * math.log(3)
+    losses = kto(
+        doubles(up, down, up, down), torch.tensor([True, True, False, False]), torch.tensor(1.0), 0.5, 1.0, 4.0
+    )
+    assert losses.tolist() == pytest.approx([1 / 4, 3 / 4, 4 * 3 / 4, 4 * 1 / 4])
+
+
+def test_the_reference_point_is_the_mean_of_mismatched_log_ratios_if_positive() -> None:
+    assert kto_reference_point(doubles(3, -1, 4)).item() == pytest.approx(2)
+    assert kto_reference_point(doubles(1, -3)).item() == 0
+
+
+def test_no_gradient_flows_through_the_reference_point() -> None:
+    mismatched = doubles(3, 1).requires_grad_()
+    assert not kto_reference_point(mismatched).requires_grad
+
+
+@pytest.mark.parametrize("name", list(PAIRED))
+@given(rows=st.lists(st.tuples(LogRatio, LogRatio, Probability), min_size=1, max_size=5), beta=Beta)
+def test_paired_losses_are_the_loops_of_their_papers(name: str, rows: list[tuple[float, float, float]], beta: float):
+    chosen, rejected, p = (doubles(*column) for column in zip(*rows, strict=True))
+    found = PAIRED[name](chosen, rejected, p, beta)
+    assert found.tolist() == pytest.approx([ORACLES[name](*row, beta) for row in rows], rel=1e-9, abs=1e-9)
+
+
+@given(st.lists(st.tuples(LogRatio, st.booleans()), min_size=1, max_size=5), LogRatio, Beta)
+def test_kto_is_the_loop_of_its_paper(rows: list[tuple[float, bool]], z: float, beta: float) -> None:
+    found = kto(doubles(*(r for r, _ in rows)), torch.tensor([good for _, good in rows]), doubles(z)[0], beta, 1.5, 0.5)
+    values = [1.5 - 1.5 * sigmoid(beta * (r - z)) if good else 0.5 - 0.5 * sigmoid(beta * (z - r)) for r, good in rows]
+    assert found.tolist() == pytest.approx(values, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", list(PAIRED))
+@given(chosen=LogRatio, rejected=LogRatio, p=Probability, beta=Beta)
+def test_gradients_are_finite_differences(name: str, chosen: float, rejected: float, p: float, beta: float) -> None:
+    inputs = doubles(chosen, rejected).requires_grad_()
+    PAIRED[name](inputs[:1], inputs[1:], doubles(p), beta).sum().backward()
+    oracle, step = ORACLES[name], 1e-4
+    by_chosen = (oracle(chosen + step, rejected, p, beta) - oracle(chosen - step, rejected, p, beta)) / (2 * step)
+    assert inputs.grad is not None
+    assert inputs.grad.tolist() == pytest.approx([by_chosen, -by_chosen], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", list(PAIRED))
+@given(chosen=LogRatio, rejected=LogRatio, p=Probability, beta=Beta, shift=LogRatio)
+def test_a_pair_named_the_other_way_round_has_the_same_loss_and_what_both_share_does_not_count(
+    name: str, chosen: float, rejected: float, p: float, beta: float, shift: float
+) -> None:
+    loss = PAIRED[name](doubles(chosen), doubles(rejected), doubles(p), beta)
+    swapped = PAIRED[name](doubles(rejected), doubles(chosen), doubles(1 - p), beta)
+    shifted = PAIRED[name](doubles(chosen + shift), doubles(rejected + shift), doubles(p), beta)
+    torch.testing.assert_close(swapped, loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shifted, loss, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_both_paired_losses_are_least_where_their_papers_say(p: float) -> None:
+    # DPO at log-odds of the label, IPO at its distance from one half; both in nats of log-ratio times beta.
+    for name, best in (("sigmoid", math.log(p / (1 - p))), ("ipo", p - 0.5)):
+        h = doubles(best / 0.2).requires_grad_()
+        PAIRED[name](h, doubles(0), doubles(p), 0.2).sum().backward()
+        assert h.grad is not None
+        assert h.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_far_log_ratios_give_losses_and_gradients_that_are_finite() -> None:
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    losses = [PAIRED[name](far, -far, torch.ones(2), 0.1) for name in PAIRED]
+    losses.append(kto(far, torch.tensor([True, True]), torch.tensor(0.0), 0.1))
+    total = torch.stack(losses).sum()
+    total.backward()
+    assert far.grad is not None
+    assert torch.isfinite(total) and torch.isfinite(far.grad).all()
+
+
+def test_an_answer_far_on_its_side_still_has_a_gradient_in_kto() -> None:
+    far = torch.tensor([30.0], requires_grad=True)
+    kto(far, torch.tensor([True]), torch.tensor(0.0), 1.0).sum().backward()
+    assert far.grad is not None
+    assert far.grad.item() == pytest.approx(-math.exp(-30), rel=1e-3)
+
+
+# Another implementation, called with log-probabilities in place of a model
+
+CHOSEN, REJECTED = doubles(-1.5, -4.0, -0.2, -2.0), doubles(-3.0, -0.5, -0.4, -2.0)
+REFERENCE_CHOSEN, REFERENCE_REJECTED = doubles(-2.0, -2.5, -0.1, -3.0), doubles(-1.0, -1.5, -0.6, -3.0)
+
+
+class Accelerator:
+    """One process that gathers nothing."""
+
+    device = torch.device("cpu")
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    gather_for_metrics = gather
+
+
+def trainer(**settings: Any) -> Any:
+    """What TRL's `_compute_loss` reads of its trainer."""
+    return SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=Accelerator(),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+
+
+def language_model(logps: Tensor) -> Any:
+    """Answers of one token each after a prompt of one, so that sums over tokens and means are the same."""
+    ones = torch.ones(len(logps), 1)
+    return lambda **_: SimpleNamespace(
+        log_probs=logps[:, None], entropy=ones, mean_logits=ones, is_top1=ones.bool(), log_sum_sq_probs=ones
+    )
+
+
+def batch(rows: int) -> dict[str, Tensor]:
+    ids = torch.ones(rows, 2, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": ids, "completion_mask": torch.tensor([[0, 1]] * rows)}
+
+
+@pytest.mark.parametrize("name", list(PAIRED))
+def test_paired_losses_and_rewards_agree_with_trl(name: str) -> None:
+    DPOTrainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
+    settings = {"loss_types": [name], "loss_weights": [1.0], "beta": 0.3, "label_smoothing": 0.0, "ld_alpha": None}
+    theirs = trainer(**settings, f_divergence_type="reverse_kl", use_weighting=False)
+    inputs = {**batch(8), "ref_chosen_logps": REFERENCE_CHOSEN, "ref_rejected_logps": REFERENCE_REJECTED}
+    loss = DPOTrainer._compute_loss(theirs, language_model(torch.cat([CHOSEN, REJECTED])), inputs, False)
+
+    chosen, rejected = CHOSEN - REFERENCE_CHOSEN, REJECTED - REFERENCE_REJECTED
+    torch.testing.assert_close(PAIRED[name](chosen, rejected, torch.ones(4).double(), 0.3).mean(), loss)
+    margins = theirs._metrics["train"]["rewards/margins"]
+    assert (0.3 * (chosen - rejected)).mean().item() == pytest.approx(margins[0])
+
+
+@pytest.mark.parametrize("mismatched", [doubles(-1.0, -2.0, -1.0, -3.0), doubles(-4.0, -4.0, -4.0, -4.0)])
+def test_kto_agrees_with_trl(mismatched: Tensor) -> None:
+    """Its mismatched log-ratios are positive on average, then negative."""
+    KTOTrainer = pytest.importorskip("trl.trainer.kto_trainer").KTOTrainer
+    settings = {"loss_type": "kto", "beta": 0.3, "desirable_weight": 1.0, "undesirable_weight": 1.25}
+    theirs = trainer(**settings, calculate_KL=True, _compute_kl_logps=lambda *_: mismatched)
+    reference = doubles(-2.0, -2.5, -1.0, -3.0)
+    desirable = torch.tensor([True, False, True, False])
+    inputs = {**batch(4), "label": desirable, "ref_logps": REFERENCE_CHOSEN, "ref_KL_logps": reference}
+    loss = KTOTrainer._compute_loss(theirs, language_model(CHOSEN), inputs, False)
+
+    z = kto_reference_point(mismatched - reference)
+    torch.testing.assert_close(kto(CHOSEN - REFERENCE_CHOSEN, desirable, z, 0.3, 1.0, 1.25).mean(), loss)
+    assert theirs._metrics["train"]["kl"] == [pytest.approx(z.item())]

@@ -6,7 +6,7 @@ from hypothesis import given
 from ragged import batches, rows
 from torch import Tensor
 
-from rlhf_ray.algorithms.statistics import sequence_means, sequence_sums, whiten
+from rlhf_ray.algorithms.statistics import at_tokens, sequence_means, sequence_sums, whiten
 
 
 def test_whitening_divides_by_the_deviation_without_bessels_correction() -> None:
@@ -48,3 +48,12 @@ def test_gradients_flow_back_to_the_tokens_of_each_sequence() -> None:
     (sequence_sums(x, torch.tensor([0, 2, 3])) * torch.tensor([5.0, 7.0])).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [5.0, 5.0, 7.0]
+
+
+def test_a_sequences_value_stands_at_each_of_its_tokens_and_takes_the_gradient_of_all() -> None:
+    x = torch.tensor([5.0, 6.0, 7.0], requires_grad=True)
+    spread = at_tokens(x, torch.tensor([0, 2, 2, 3]))
+    assert spread.tolist() == [5.0, 5.0, 7.0]
+    (spread * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [3.0, 0.0, 4.0]

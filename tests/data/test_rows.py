@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_ray.config.common import DataConfig
 from rlhf_ray.data.quarantine import Quarantine
-from rlhf_ray.data.rows import preference_pairs, prompts, sft_examples
+from rlhf_ray.data.rows import judged_answers, preference_pairs, prompts, sft_examples
 from rlhf_ray.errors import DataError
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -15,6 +15,7 @@ HH = "\n\nHuman: Hello\n\nAssistant:"
 GOOD = {
     sft_examples: {"prompt": "Hello", "completion": "Good day"},
     preference_pairs: {"prompt": "Hello", "chosen": "Good day", "rejected": "Bye"},
+    judged_answers: {"prompt": "Hello", "completion": "Good day", "label": True},
     prompts: {"prompt": "Hello"},
 }
 
@@ -51,6 +52,12 @@ PAIRS = [
     {"chosen": HH + " Good day", "rejected": HH + " Bye"},
     {"chosen": HELLO + DAY, "rejected": HELLO + BYE, "prompt": None},
 ]
+JUDGED = [
+    {"prompt": "Hello", "completion": "Good day", "label": True},
+    {"prompt": HELLO, "completion": DAY, "label": True},
+    {"prompt": "Hello", "completion": HELLO + DAY, "label": True, "chosen": None},
+    {"prompt": HH, "completion": " Good day", "label": True},
+]
 PROMPTS = [
     {"prompt": "Hello"},
     {"prompt": HELLO},
@@ -63,7 +70,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml"])
-def test_sft_reward_model_and_ppo_see_the_same_prompt_ids_however_the_row_is_written(template, request, jsonl):
+def test_every_stage_sees_the_same_prompt_ids_however_the_row_is_written(template, request, jsonl):
     tokenizer = request.getfixturevalue(template)
     expected = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
     answers = {"plain": (" Good day", " Bye"), "chatml": ("Good day", "Bye")}[template]
@@ -74,11 +81,15 @@ def test_sft_reward_model_and_ppo_see_the_same_prompt_ids_however_the_row_is_wri
         assert example.loss_mask.tolist() == [False] * len(expected) + [True] * len(chosen)
     for pair in load(preference_pairs, tokenizer, jsonl(*PAIRS)):
         assert (pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist()) == (expected, chosen, rejected)
+    for judged in load(judged_answers, tokenizer, jsonl(*JUDGED)):
+        assert (judged.prompt.tolist(), judged.answer.tolist(), judged.desirable) == (expected, chosen, True)
     for prompt in load(prompts, tokenizer, jsonl(*PROMPTS)):
         assert (prompt.ids.tolist(), prompt.text) == (expected, "Hello")
 
 
-@pytest.mark.parametrize(("loader", "rows"), [(sft_examples, SFT), (preference_pairs, PAIRS), (prompts, PROMPTS)])
+@pytest.mark.parametrize(
+    ("loader", "rows"), [(sft_examples, SFT), (preference_pairs, PAIRS), (judged_answers, JUDGED), (prompts, PROMPTS)]
+)
 def test_no_way_of_writing_a_good_row_is_quarantined(plain, jsonl, loader, rows):
     quarantine = Quarantine()
     assert len(load(loader, plain, jsonl(*rows), quarantine=quarantine)) == len(rows)
@@ -116,7 +127,25 @@ def test_margin_and_p_are_read_where_they_are_given(plain, jsonl):
     assert [(pair.margin, pair.p) for pair in pairs] == [(2.0, None), (None, 0.0), (None, 0.75)]
 
 
+@pytest.mark.parametrize(("p", "labels"), [(None, [True, False]), (0.75, [True, False]), (0.25, [False, True])])
+def test_a_pair_is_two_judged_answers_of_which_the_likelier_better_one_is_desirable(plain, jsonl, p, labels):
+    for row in PAIRS:
+        (pair,) = load(preference_pairs, plain, jsonl(row))
+        judged = load(judged_answers, plain, jsonl({**row, "p": p}))
+        assert [answer.desirable for answer in judged] == labels
+        assert [answer.answer.tolist() for answer in judged] == [pair.chosen.tolist(), pair.rejected.tolist()]
+        assert [answer.prompt.tolist() for answer in judged] == [pair.prompt.tolist()] * 2
+
+
+def test_a_pair_counts_as_one_row_towards_the_share_of_bad_rows(plain, jsonl):
+    bad = {"prompt": "Hello", "completion": "Bye"}
+    with pytest.raises(DataError, match=r"1 of 3 rows \(33.33%\)"):
+        data = DataConfig(path=jsonl(PAIRS[0], PAIRS[1], bad), max_bad_share=0.3)
+        judged_answers(data, plain, Quarantine())
+
+
 PAIR = GOOD[preference_pairs]
+JUDGEMENT = GOOD[judged_answers]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +224,16 @@ PAIR = GOOD[preference_pairs]
             "no prompt: 'chosen' has no turn before the answer",
         ),
         (preference_pairs, {"chosen": "Good", "rejected": "Bad"}, "not a dialogue: expected text that begins with"),
+        (judged_answers, {**JUDGEMENT, "label": 1}, "wrong type: 'label' is int, expected true or false"),
+        (judged_answers, {**JUDGEMENT, "label": "true"}, "wrong type: 'label' is str, expected true or false"),
+        (
+            judged_answers,
+            {"prompt": "a", "completion": "b"},
+            "missing column: no 'label' (nor 'chosen' and 'rejected'); the row has prompt, completion",
+        ),
+        (judged_answers, {**JUDGEMENT, "completion": ""}, "empty: 'completion' has no text"),
+        (judged_answers, {"prompt": "a", "chosen": "b"}, "missing column: no 'rejected'; the row has prompt, chosen"),
+        (judged_answers, {**PAIR, "p": 0.5}, "undecided: 'p' is 0.5, so neither answer is the desirable one"),
         (prompts, {"text": "a", "id": 1}, "missing column: no 'chosen' (nor 'prompt' or 'messages'); the row has text"),
         (prompts, {"prompt": "\ud800"}, "not UTF-8: 'prompt' has a lone surrogate at character 0"),
         (prompts, {"prompt": "\n\nHuman: \n\nAssistant:"}, "empty: turn 1 of 1 in 'prompt', the user's, has no text"),
@@ -212,6 +251,14 @@ def test_a_row_of_exactly_max_tokens_is_kept_and_one_token_more_is_not(plain, js
     assert len(load(sft_examples, plain, path, max_tokens=length)) == 1
     with pytest.raises(DataError, match=f"too long: {length} tokens, data.max_tokens is {length - 1}"):
         load(sft_examples, plain, path, max_tokens=length - 1)
+
+
+def test_a_judged_answer_of_exactly_max_tokens_is_kept_and_one_token_more_is_not(plain, jsonl):
+    (judged,) = load(judged_answers, plain, jsonl(JUDGEMENT))
+    length = len(judged.prompt) + len(judged.answer)
+    assert len(load(judged_answers, plain, jsonl(JUDGEMENT), max_tokens=length)) == 1
+    with pytest.raises(DataError, match=f"too long: {length} tokens, data.max_tokens is {length - 1}"):
+        load(judged_answers, plain, jsonl(JUDGEMENT), max_tokens=length - 1)
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])

@@ -18,7 +18,7 @@ import tiny
 from commands import Project, message, only_message, rows, write_rows
 
 from rlhf_ray.errors import RewardError
-from rlhf_ray.records import Finish, Ragged, Trajectories
+from rlhf_ray.records import Finish, Ragged, Trajectories, no_columns
 
 pytestmark = pytest.mark.real
 
@@ -220,6 +220,7 @@ def three_answers() -> Trajectories:
         sample_ids=np.arange(3),
         finish=np.full(3, Finish.EOS, np.uint8),
         weight_version=np.zeros(3, np.int32),
+        top_ids=no_columns(len(answers.values)),
     )
 
 

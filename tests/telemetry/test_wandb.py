@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,7 +127,9 @@ def test_a_server_that_falls_silent_does_not_hold_the_run(
         for update in range(3):
             tracker.log(update, {"sft/loss": 0.5})
     assert f"W&B: {server.url}/e/p/runs/" in (said := capfd.readouterr().err)
-    assert "W&B: not everything was sent within 2 s; send it with: wandb sync --include-online" in said
+    # W&B itself gives up after 2 s, or, where the machine is too busy for that, its process is cut off after 4.
+    assert re.search(r"W&B: (not everything was sent within 2 s|cut off 4 s after)", said), said
+    assert "wandb sync --include-online" in said
     recorded = records(tracker.folder.path, "run-*")
     assert [row["update"] for row in logged(recorded)] == [0, 1, 2]
     assert files_with(KEY, tracker.folder.path) == []
