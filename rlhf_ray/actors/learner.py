@@ -9,7 +9,7 @@ anything. A step whose loss is not finite, or whose batch breaks an invariant, i
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from rlhf_ray.actors import experience as experiences
 from rlhf_ray.actors.experience import Batch, Experience
 from rlhf_ray.actors.invariants import Found
 from rlhf_ray.actors.objective import Rows
+from rlhf_ray.actors.reference import form_of, says, to_numpy
 from rlhf_ray.actors.tally import Tally
 from rlhf_ray.actors.weight_transfer import Sender, make_sender
 from rlhf_ray.algorithms import statistics
@@ -31,11 +32,11 @@ from rlhf_ray.algorithms.logprobs import TokenStatistics
 from rlhf_ray.config.ppo import PPO, PPOConfig
 from rlhf_ray.data.packing import balanced, micro_batches
 from rlhf_ray.errors import TrainingError
-from rlhf_ray.models import load, zero
+from rlhf_ray.models import load, lora, zero
 from rlhf_ray.models.device import collective_backend, torch_device
 from rlhf_ray.models.heads import TokenLogprobs, Values
 from rlhf_ray.models.packed import Packed
-from rlhf_ray.records import Ragged
+from rlhf_ray.records import Ragged, ReferenceColumns, Trajectories, token_places
 
 SAMPLES = 4
 """Answers that an update shows."""
@@ -103,7 +104,8 @@ class Learner:
         torch.manual_seed(config.seed)
         sharded = zero.sharded_loading(learner.optimizer, learner.zero, config.device)
         model = load.causal_lm(config.policy, config.device, config.trust_remote_code)
-        self.reference_head = load.frozen_head(model) if _needs_reference_head(config) else None
+        self.reference_head = load.frozen_head(model) if form_of(config.ppo.kl) == "hidden" else None
+        self._adapt(model)
         policy = TokenLogprobs(model, config.rollout.temperature)
         if learner.zero.stage == 3:
             policy.keep_in_step(learner.tokens_per_micro_batch)
@@ -112,6 +114,11 @@ class Learner:
         self.policy = self._engine(policy, optimizer_steps)
         self.critic = self._engine(critic, optimizer_steps, learner.critic_learning_rate) if critic else None
         return {"parameters": sum(_numel(p) for p in policy.parameters())}
+
+    def _adapt(self, model: torch.nn.Module) -> None:
+        if self.config.learner.lora:
+            settings = self.config.learner.lora
+            lora.add_adapters(model, settings.rank, settings.alpha, settings.targets, self.config.seed)
 
     def _engine(self, module: torch.nn.Module, optimizer_steps: int, rate: float | None = None) -> Any:
         learner = self.config.learner
@@ -123,13 +130,13 @@ class Learner:
         """Opens the way by which weights reach `engines`: on rank 0, and for ipc on every rank."""
         metadata = [
             (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-            for name, parameter in self.policy.module.named_weights()
+            for name, parameter in lora.base_weights(self.policy.module.model)
         ]
         self.sender = make_sender(backend, engines, metadata, self.config.roles.deadline_s, rank=self.rank)
 
     def publish(self, version: int) -> dict[str, float]:
-        """Sends the policy's weights to every engine. A collective: sharded weights are gathered one by one."""
-        weights = zero.whole_weights(self.policy, self.policy.module.named_weights())
+        """Sends the policy's weights, adapters added, to every engine. A collective: sharded ones are gathered."""
+        weights = lora.merged(self.policy, self.policy.module.model)
         if self.sender is None:
             for _ in weights:
                 pass
@@ -175,6 +182,8 @@ class Learner:
         if kept is not None:
             prompts = batch.prompts(self.config.rollout.samples_per_prompt).numpy()
             batch = batch.take(np.flatnonzero(np.isin(prompts, kept)))
+        if self.config.shares_reference:
+            batch = replace(batch, reference=self._own_reference(batch.trajectories))
         attempt = Attempt(batch, coefficient, update)
         try:
             metrics = self._learn(attempt)
@@ -195,6 +204,9 @@ class Learner:
     def _gather(self, chunks: Sequence[Sequence[Any]]) -> Batch:
         fetched = [tuple(ray.get(list(chunk))) for chunk in chunks]
         self._bytes_on_wire = sum(_wire_bytes(column) for chunk in fetched for column in chunk)
+        if self.config.shares_reference:  # NaN, which no update survives, until the learner has said it itself
+            unsaid = [np.full(trajectories.tokens, np.nan, np.float32) for trajectories, _ in fetched]
+            fetched = [(t, ReferenceColumns.sampled(u), s) for (t, s), u in zip(fetched, unsaid, strict=True)]
         return Batch.gather(fetched)  # type: ignore[arg-type]
 
     def _learn(self, attempt: "Attempt") -> dict[str, float]:
@@ -237,10 +249,10 @@ class Learner:
         return place
 
     def save(self, folder: str) -> None:
-        """Writes the policy as a Hugging Face folder. A collective; rank 0 writes."""
+        """Writes the policy, adapters added, as a Hugging Face folder. A collective; rank 0 writes."""
         weights = {
             name: weight.cpu().clone() if self.rank == 0 else None
-            for name, weight in zero.whole_weights(self.policy, self.policy.module.named_weights())
+            for name, weight in lora.merged(self.policy, self.policy.module.model)
         }
         if self.rank == 0:
             tokens = load.tokenizer(self.config.policy, "policy", self.config.trust_remote_code)
@@ -250,16 +262,19 @@ class Learner:
         config = self.config
         if self.critic_is_reward_model:
             assert config.reward.model is not None
-            return load.classifier(config.reward.model, config.device, config.trust_remote_code).base_model
-        return load.causal_lm(config.policy, config.device, config.trust_remote_code).base_model
+            body = load.classifier(config.reward.model, config.device, config.trust_remote_code).base_model
+        else:
+            body = load.causal_lm(config.policy, config.device, config.trust_remote_code).base_model
+        self._adapt(body)
+        return body
 
     def _experience(self, batch: Batch, coefficient: float) -> Experience:
         """Statistics of the policy and values by a forward pass, shared out over ranks; the rest alike on each."""
         with_kl, with_critic = self.config.ppo.kl.estimator == "full", self.critic is not None
         columns = torch.zeros(2 + with_kl + with_critic, batch.trajectories.tokens, device=self.device)
         with torch.no_grad():
-            for micro in self._micro_batches(batch, np.arange(len(batch))):
-                some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch, micro.rows)
+            for micro in self._micro_batches(batch.trajectories, np.arange(len(batch))):
+                some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch.trajectories, micro.rows)
                 policy = self.policy(packed, self._reference_rows(some))
                 found = [*(column for column in policy if column is not None)]
                 if self.critic:
@@ -271,6 +286,24 @@ class Learner:
         policy = TokenStatistics(next(rows), next(rows), next(rows) if with_kl else None)
         values = next(rows) if with_critic else None
         return experiences.build(batch, policy, values, self.config, coefficient)
+
+    def _own_reference(self, trajectories: Trajectories) -> ReferenceColumns:
+        """What the policy said before it had adapters, shared out over ranks. A collective."""
+        form = form_of(self.config.ppo.kl)
+        width = trajectories.top_ids.shape[1], self.policy.module.model.config.hidden_size if form == "hidden" else 0
+        columns = torch.zeros(trajectories.tokens, 1 + sum(width), device=self.device)
+        with lora.disabled(self.policy.module.model):
+            for micro in self._micro_batches(trajectories, np.arange(len(trajectories))):
+                places = token_places(trajectories.responses.offsets, np.array(micro.rows))
+                found = says(
+                    self.policy.module, self._pack(trajectories, micro.rows), trajectories.top_ids[places], form
+                )
+                if micro.real:
+                    columns[torch.from_numpy(places)] = torch.cat([found[0][:, None], *found[1:]], 1).float()
+        distributed.all_reduce(columns)
+        logprobs, top, hidden = columns.cpu().split([1, *width], 1)
+        hidden = hidden.to(next(self.policy.module.parameters()).dtype)
+        return ReferenceColumns(logprobs[:, 0].numpy(), top.numpy(), to_numpy(hidden))
 
     def _reference_rows(self, some: Rows) -> Any:
         return objective.reference_rows(some, self.config, self.reference_head, self.device)
@@ -290,8 +323,8 @@ class Learner:
         weights = objective.token_weights(batch, rows, config)
         tokens = int(batch.trajectories.responses.lengths[rows].sum())
         total = torch.zeros((), device=self.device)
-        for micro in self._micro_batches(batch, rows):
-            some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch, micro.rows)
+        for micro in self._micro_batches(batch.trajectories, rows):
+            some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch.trajectories, micro.rows)
             in_loss = config.ppo.kl.placement != "reward"
             found = self.policy(packed, self._reference_rows(some) if in_loss else None)
             policy = objective.policy_tokens(found, old, some, config, attempt.coefficient)
@@ -321,10 +354,10 @@ class Learner:
         if self.critic:
             tally.norms["critic/grad_norm"] = zero.step(self.critic, f"critic, {where}")
 
-    def _micro_batches(self, batch: Batch, rows: np.ndarray) -> list[MicroBatch]:
+    def _micro_batches(self, trajectories: Trajectories, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's passes over `rows`. Sharded gradients or parameters need equally many on every rank."""
         budget = self.config.learner.tokens_per_micro_batch
-        lengths = batch.lengths[rows]
+        lengths = (trajectories.prompt_lengths + trajectories.responses.lengths)[rows]
         passes = []
         for part in balanced(lengths, self.world):
             packs = micro_batches(lengths[part], budget) if len(part) else []
@@ -339,8 +372,7 @@ class Learner:
     def _lockstep(self) -> bool:
         return self.config.learner.zero.stage >= 2
 
-    def _pack(self, batch: Batch, rows: list[int]) -> Packed:
-        trajectories = batch.trajectories
+    def _pack(self, trajectories: Trajectories, rows: list[int]) -> Packed:
         return Packed.of(
             [trajectories.sequence(row) for row in rows],
             [len(trajectories.prompt(row)) for row in rows],
@@ -363,11 +395,6 @@ class Attempt:
     experience: Experience | None = None
     warnings: tuple[str, ...] = ()
     interrupted: bool = False
-
-
-def _needs_reference_head(config: PPOConfig) -> bool:
-    """A KL over the whole vocabulary is computed here, from the reference's hidden states."""
-    return config.ppo.kl.estimator == "full" and config.ppo.kl.top_k is None
 
 
 def _samples(batch: Batch, experience: Experience) -> list[dict[str, Any]]:

@@ -67,12 +67,14 @@ def policy_tokens(
 ) -> PolicyTokens:
     """Losses of the tokens of `some`, on the device that `policy` is on. `coefficient` is the KL penalty's beta."""
     ppo, device = config.ppo, policy.logprobs.device
-    at = [column[some.places].to(device) for column in (old.old_logprobs, old.advantages, old.weights)]
-    old_logprobs, advantages, weights = at
+    columns = (old.old_logprobs, old.advantages, old.weights)
+    old_logprobs, advantages, weights = (column[some.places].to(device) for column in columns)
     log_ratio = policy_loss.RATIOS[ppo.algorithm.ratio](policy.logprobs, old_logprobs, some.offsets.to(device))
     low, high = ppo.algorithm.clip_ratio
-    surrogate = policy_loss.clipped(log_ratio, advantages, low, high, ppo.algorithm.dual_clip)
-    total = weights * surrogate.loss - ppo.entropy_bonus * policy.entropy
+    # Weights are not negative, so they may as well multiply the advantages: a masked token then is one without an
+    # advantage, and not zero times whatever its ratio has become.
+    surrogate = policy_loss.clipped(log_ratio, weights * advantages, low, high, dual=ppo.algorithm.dual_clip)
+    total = surrogate.loss - ppo.entropy_bonus * policy.entropy
     if ppo.kl.placement == "reward":
         return PolicyTokens(total, surrogate, None)
     penalty = kl_tokens(policy, old.reference_logprobs[some.places].to(device), ppo.kl.estimator)
@@ -81,8 +83,8 @@ def policy_tokens(
 
 def value_tokens(values: Tensor, old: Experience, some: Rows, clip: float) -> ValueLoss:
     assert old.values is not None and old.returns is not None
-    at = [column[some.places].to(values.device) for column in (old.values, old.returns)]
-    return value_loss.clipped(values, *at, clip)
+    old_values, returns = (column[some.places].to(values.device) for column in (old.values, old.returns))
+    return value_loss.clipped(values, old_values, returns, clip)
 
 
 def reference_rows(some: Rows, config: PPOConfig, head: Head | None, device: torch.device) -> Reference | None:

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.actors.scoring import packs_of
+from rlhf_ray.config.ppo import KLConfig
 from rlhf_ray.models import heads, load
 from rlhf_ray.models.device import Device, torch_device
+from rlhf_ray.models.heads import TokenLogprobs
+from rlhf_ray.models.packed import Packed
 from rlhf_ray.records import ReferenceColumns, Trajectories, token_places
 
 Form = Literal["sampled", "top_k", "hidden"]
 """What is sent: the sampled token's log-probability; also those of the likeliest; also final hidden states."""
+
+
+def form_of(kl: KLConfig) -> Form:
+    if kl.estimator != "full":
+        return "sampled"
+    return "top_k" if kl.top_k else "hidden"
 
 
 class Reference:
@@ -27,36 +36,33 @@ class Reference:
         self.device = torch_device(device)
         self.tokens_per_pass = tokens_per_pass
         self.form = form
-        self.model = heads.TokenLogprobs(load.causal_lm(path, device, trust_remote_code), temperature).eval()
+        self.model = TokenLogprobs(load.causal_lm(path, device, trust_remote_code), temperature).eval()
         self.model.requires_grad_(False)
 
     def checksum(self) -> str:
         """Equal before and after a run, or the reference was not frozen."""
         return heads.checksum(self.model)
 
-    @torch.inference_mode()
     def score(self, trajectories: Trajectories) -> ReferenceColumns:
         """N tokens, at the sampling temperature."""
         found: list[ReferenceColumns] = []
         places: list[np.ndarray] = []
         for rows, packed in packs_of(trajectories, self.tokens_per_pass, self.device):
             at = token_places(trajectories.responses.offsets, np.asarray(rows))
-            hidden = self.model.hidden(packed)
-            logprobs = self.model.statistics(hidden, packed.targets).logprobs
-            found.append(
-                ReferenceColumns(
-                    logprobs.cpu().numpy(),
-                    self._top(hidden, trajectories.top_ids[at]),
-                    to_numpy(hidden if self.form == "hidden" else hidden[:, :0]),
-                )
-            )
+            logprobs, top, hidden = says(self.model, packed, trajectories.top_ids[at], self.form)
+            found.append(ReferenceColumns(logprobs.cpu().numpy(), top.cpu().numpy(), to_numpy(hidden)))
             places.append(at)
         return ReferenceColumns.concatenate(found).take(np.argsort(np.concatenate(places)))
 
-    def _top(self, hidden: Tensor, ids: np.ndarray) -> np.ndarray:
-        if self.form != "top_k":
-            return np.empty((len(hidden), 0), np.float32)
-        return self.model.logprobs_at(hidden, torch.from_numpy(ids.astype(np.int64)).to(self.device)).cpu().numpy()
+
+@torch.no_grad()
+def says(model: TokenLogprobs, packed: Packed, top_ids: np.ndarray, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """[R] log-probabilities, [R, k] those of `top_ids` and [R, H] hidden states; width 0 where not of this form."""
+    hidden = model.hidden(packed)
+    logprobs = model.statistics(hidden, packed.targets).logprobs
+    ids = torch.from_numpy(top_ids.astype(np.int64)).to(hidden.device)
+    top = model.logprobs_at(hidden, ids) if form == "top_k" else logprobs.new_empty(len(logprobs), 0)
+    return logprobs, top, hidden if form == "hidden" else hidden[:, :0]
 
 
 def to_numpy(hidden: Tensor) -> np.ndarray:

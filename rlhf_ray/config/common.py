@@ -59,6 +59,8 @@ class LoraConfig(Config):
     """An adapter adds alpha / rank times its product."""
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get one, such as [q_proj, v_proj]."""
+    share_reference: bool = False
+    """The learner, adapters off, is the reference too, and the reference has no actor of its own."""
 
 
 class TelemetryConfig(Config):

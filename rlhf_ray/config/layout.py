@@ -25,14 +25,18 @@ def needs(config: PPOConfig, role: Role) -> dict[str, float]:
 
 
 def workers(config: PPOConfig, role: Role) -> int:
+    """None of a reference that the learner is itself."""
+    if role == "reference" and config.shares_reference:
+        return 0
     return getattr(config.roles, role).workers
 
 
 def groups(config: PPOConfig) -> list[Group]:
-    """All four roles, each in exactly one group, shared ones first."""
+    """All roles that have workers, each in exactly one group, shared ones first."""
     shared = [tuple(group) for group in config.roles.shared if group]
     alone = [(role,) for role in ROLES if not any(role in group for group in shared)]
-    return [_group(config, roles) for roles in [*shared, *alone]]
+    found = [_group(config, roles) for roles in [*shared, *alone]]
+    return [group for group in found if group.bundles]
 
 
 def _group(config: PPOConfig, roles: tuple[Role, ...]) -> Group:

@@ -125,9 +125,12 @@ def plan(config: StageConfig) -> Plan:
 def _plan_ppo(config: PPOConfig) -> Plan:
     resources = {role: needs(config, role) for role in ROLES}
     actors = tuple(
-        Actors(role, workers(config, role), resources[role]["CPU"], resources[role].get("GPU", 0.0)) for role in ROLES
+        Actors(role, workers(config, role), resources[role]["CPU"], resources[role].get("GPU", 0.0))
+        for role in ROLES
+        if workers(config, role)
     )
-    memory = (_rollout(config), _frozen(config, "reference", config.policy), *_reward(config), *_learner(config))
+    reference = [] if config.shares_reference else [_frozen(config, "reference", config.policy)]
+    memory = (_rollout(config), *reference, *_reward(config), *_learner(config))
     return Plan(config, actors, _bundles(_ppo_bundles(config), actors, memory), _ppo_batch(config), memory)
 
 

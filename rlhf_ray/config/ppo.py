@@ -369,6 +369,11 @@ class PPOConfig(StageConfig):
     publication: PublicationConfig = PublicationConfig()
     roles: RolesConfig = RolesConfig()
 
+    @property
+    def shares_reference(self) -> bool:
+        """The learner is the reference too."""
+        return self.learner.lora is not None and self.learner.lora.share_reference
+
     @model_validator(mode="after")
     def minibatches_are_not_empty(self) -> "PPOConfig":
         samples = self.rollout.prompts_per_update * self.rollout.samples_per_prompt

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_ray.config.common import StageConfig
 from rlhf_ray.config.load import load
@@ -18,6 +18,9 @@ from rlhf_ray.demo.memory import PeakMemory
 from rlhf_ray.demo.world import World
 from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from rlhf_ray.demo.report import Evaluated
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/demo"
 HELD_OUT_PAIRS = 400
@@ -32,18 +35,12 @@ def run(seed: int = 0, output_dir: Path = Path("runs")) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     start = time.monotonic()
     with PeakMemory() as memory, session.connect():
-        with _timed(seconds, "base_model"):
-            world = World(seed)
-            world.write(folder / "world")
-            base = _train_base(folder / "base", world, seed)
-        with _timed(seconds, "sft"):
-            sft = _sft(folder, seed)
-        with _timed(seconds, "reward"):
-            reward = _reward(folder, seed, sft["model"])
+        world = World(seed)
+        base, sft, reward = prepare(folder, world, seed, seconds)
         with _timed(seconds, "ppo"):
-            ppo = _ppo(folder, seed, sft["model"], reward["model"])
+            ppo = optimise("ppo", folder, seed, sft["model"], reward["model"])
         with _timed(seconds, "evaluate"):
-            evaluated = _evaluate(folder, world, seed, sft["model"], reward["model"])
+            evaluated = evaluate(folder / "ppo", world, seed, sft["model"], reward["model"])
     seconds["total"] = time.monotonic() - start
     summary = {
         "seed": seed,
@@ -62,6 +59,34 @@ def run(seed: int = 0, output_dir: Path = Path("runs")) -> dict[str, Any]:
     write_atomically(folder / "summary.json", summary_text(summary))
     show(summary, evaluated, folder)
     return summary
+
+
+def prepare(folder: Path, world: World, seed: int, seconds: dict[str, float]) -> tuple[dict[str, Any], ...]:
+    """What policy optimisation starts from, below `folder`: summaries of base model, SFT and reward model."""
+    with _timed(seconds, "base_model"):
+        world.write(folder / "world")
+        base = _train_base(folder / "base", world, seed)
+    with _timed(seconds, "sft"):
+        sft = _sft(folder, seed)
+    with _timed(seconds, "reward"):
+        reward = _reward(folder, seed, sft["model"])
+    return base, sft, reward
+
+
+def optimise(algorithm: str, folder: Path, seed: int, policy: str, reward: str) -> dict[str, Any]:
+    """One run of `configs/demo/<algorithm>.yaml` into `<folder>/<algorithm>`; its summary."""
+    from rlhf_ray.stages import ppo
+
+    models: dict[str, Any] = {"policy": policy, "reward.model": reward}
+    return ppo.run(_config(PPOConfig, algorithm, folder, seed, data=folder / "world/prompts_train.jsonl", **models))
+
+
+def evaluate(run: Path, world: World, seed: int, sft: str, reward: str) -> "Evaluated":
+    """Gold and proxy of the run's start and checkpoints, on prompts that nobody trained on."""
+    from rlhf_ray.demo.report import evaluate as measure
+
+    prompts = [row["prompt"] for row in world.prompts(384, "held_out")]
+    return measure(run, sft, reward, prompts, _held_out_pairs(world), seed)
 
 
 def _train_base(folder: Path, world: World, seed: int) -> dict[str, float]:
@@ -83,21 +108,6 @@ def _reward(folder: Path, seed: int, model: str) -> dict[str, Any]:
 
     data = folder / "world/preferences.jsonl"
     return reward.run(_config(RewardConfig, "reward", folder, seed, model=model, data=data))
-
-
-def _ppo(folder: Path, seed: int, policy: str, reward: str) -> dict[str, Any]:
-    from rlhf_ray.stages import ppo
-
-    models: dict[str, Any] = {"policy": policy, "reward.model": reward}
-    return ppo.run(_config(PPOConfig, "ppo", folder, seed, data=folder / "world/prompts_train.jsonl", **models))
-
-
-def _evaluate(folder: Path, world: World, seed: int, sft: str, reward: str) -> Any:
-    from rlhf_ray.demo.report import evaluate
-
-    pairs = _held_out_pairs(world)
-    prompts = [row["prompt"] for row in world.prompts(384, "held_out")]
-    return evaluate(folder / "ppo", sft, reward, prompts, pairs, seed)
 
 
 def _held_out_pairs(world: World) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ sharded parameters) see every use of a parameter. A dropped dimension or a head 
 under ZeRO-3 without an error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,6 @@ class TokenLogprobs(nn.Module):
         pieces = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK), strict=True)
         logits = ((head(rows).float() / self.temperature, chosen) for rows, chosen in pieces)
         return torch.cat([table.log_softmax(-1).gather(-1, chosen) for table, chosen in logits])
-
-    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by the names of the Hugging Face checkpoint; a tied head appears once."""
-        return self.model.named_parameters()
 
 
 class Values(nn.Module):

@@ -16,7 +16,8 @@ import ray
 from rlhf_ray.actors import reward as rewards
 from rlhf_ray.actors import rollout, weight_transfer
 from rlhf_ray.actors.learner import Learner, Update
-from rlhf_ray.actors.reference import Form, Reference
+from rlhf_ray.actors.reference import Reference, form_of
+from rlhf_ray.config.layout import workers
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.errors import PublicationError, TrainingError
 from rlhf_ray.records import Ragged
@@ -36,12 +37,13 @@ class Chunk:
     """Trajectories under way through the roles: references only."""
 
     trajectories: Any
-    reference: Any
+    reference: Any | None
+    """None where the learner is the reference itself."""
     scores: Any
 
     @property
     def columns(self) -> list[Any]:
-        return [self.trajectories, self.reference, self.scores]
+        return [column for column in (self.trajectories, self.reference, self.scores) if column is not None]
 
 
 class Roles:
@@ -93,7 +95,7 @@ class Roles:
         return [
             Chunk(
                 trajectories,
-                self.references[references.assign(1)].score.remote(trajectories),
+                self.references[references.assign(1)].score.remote(trajectories) if self.references else None,
                 self.rewards[scorers.assign(1)].scores.remote(trajectories),
             )
             for trajectories in self._arrivals(streams)
@@ -206,12 +208,12 @@ class Roles:
                 config.policy,
                 config.rollout.temperature,
                 tokens,
-                self._reference_form(),
+                form_of(config.ppo.kl),
                 config.device,
                 trust,
                 env=one_thread,
             )
-            for number in range(roles.reference.replicas)
+            for number in range(workers(config, "reference"))
         ]
         self.rewards = [self._start_reward(number, one_thread) for number in range(roles.reward.replicas)]
 
@@ -238,12 +240,6 @@ class Roles:
         else:
             kind, arguments = rewards.RewardServer, (source.url, source.deadline_s, config.policy, trust)
         return self.placement.start("reward", number, kind, *arguments, env=env)
-
-    def _reference_form(self) -> Form:
-        kl = self.config.ppo.kl
-        if kl.estimator != "full":
-            return "sampled"
-        return "top_k" if kl.top_k else "hidden"
 
     def _rollout_settings(self, backend: str) -> rollout.RolloutSettings:
         config = self.config

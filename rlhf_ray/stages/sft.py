@@ -56,7 +56,7 @@ class NextToken(Objective):
 
     def forward(self, engine: Any, rows: Rows, device: torch.device) -> Tensor:
         packed = Packed.masked([self.ids[row] for row in rows], [self.masks[row] for row in rows], device)
-        logprobs, _ = engine(packed)
+        logprobs = engine(packed).logprobs
         row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), self.weights[rows])).to(device)
         return torch.zeros(len(rows), device=device).index_add(0, row_of, -logprobs)[:, None]
 

@@ -4,56 +4,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import FOUR, GAE, TWO, batch, config, made, policy, sampled
 
-from rlhf_ray.actors.experience import ADVANTAGES, Batch, Experience, build, final_scores
-from rlhf_ray.algorithms.logprobs import TokenStatistics
-from rlhf_ray.config.ppo import AnyAlgorithm, PPOConfig
+from rlhf_ray.actors.experience import ADVANTAGES, Batch, build, final_scores
+from rlhf_ray.config.ppo import AnyAlgorithm
 from rlhf_ray.errors import RewardError, TrainingError
-from rlhf_ray.records import Finish, ReferenceColumns
+from rlhf_ray.records import Finish
 from tests.test_records import trajectories
-
-Answers = list[tuple[int, list[int]]]
-
-
-def config(samples: int = 1, longest: int = 8, **ppo: Any) -> PPOConfig:
-    return PPOConfig.model_validate(
-        {
-            "name": "x",
-            "policy": "p",
-            "reward": {"function": "a:b"},
-            "data": {"path": "d", "max_tokens": 8},
-            "rollout": {"samples_per_prompt": samples, "max_new_tokens": longest},
-            "ppo": ppo,
-        }
-    )
-
-
-def batch(scores: list[float], answers: Answers, reference: list[float], finish: list[Finish] | None = None) -> Batch:
-    """The sampler's log-probabilities are half the token's id, negative."""
-    chunk = trajectories([[1], [2]], answers)
-    chunk.finish[:] = finish or [Finish.EOS] * len(answers)
-    return Batch.gather([(chunk, sampled(reference), np.array(scores, np.float32))])
-
-
-def sampled(logprobs: list[float]) -> ReferenceColumns:
-    return ReferenceColumns.sampled(np.array(logprobs, np.float32))
-
-
-def policy(logprobs: list[float], entropy: float = 0.0, kl: list[float] | None = None) -> TokenStatistics:
-    return TokenStatistics(
-        torch.tensor(logprobs), torch.full((len(logprobs),), entropy), None if kl is None else torch.tensor(kl)
-    )
-
-
-TWO: Answers = [(0, [2, 3]), (1, [4])]
-GAE = {"name": "ppo", "gae_lambda": 1.0}
-
-
-def made(some: Batch, says: TokenStatistics, beta: float = 0.1, **ppo: Any) -> Experience:
-    """One token-value of zero each where the algorithm has a critic."""
-    chosen = config(**ppo)
-    values = torch.zeros(len(says.logprobs)) if chosen.ppo.algorithm.needs_critic else None
-    return build(some, says, values, chosen, beta)
 
 
 def test_rewards_advantages_and_metrics_match_numbers_worked_by_hand() -> None:
@@ -104,9 +61,6 @@ def test_the_price_of_length_grows_over_the_last_tokens_before_the_limit() -> No
     some = batch([1.0, 1.0, 1.0, 1.0], answers, [0.0] * 12)
     chosen = config(samples=2, longest=6, algorithm={"name": "dapo", "overlong_buffer": 4})
     assert final_scores(some, chosen).tolist() == [1.0, 0.75, 0.0, 1.0]
-
-
-FOUR: Answers = [(0, [2, 3]), (0, [4]), (1, [5]), (1, [6, 7])]
 
 
 @pytest.mark.parametrize(

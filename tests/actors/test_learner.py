@@ -45,10 +45,13 @@ class Host:
         return self.learner.prompts_with_signal(chunks)
 
     def weights(self) -> dict[str, np.ndarray]:
-        from rlhf_ray.models.zero import whole_weights
+        from rlhf_ray.models.lora import merged
 
         policy = self.learner.policy
-        return {name: weight.clone().numpy() for name, weight in whole_weights(policy, policy.module.named_weights())}
+        return {name: weight.clone().numpy() for name, weight in merged(policy, policy.module.model)}
+
+    def save(self, folder: str) -> None:
+        self.learner.save(folder)
 
 
 class Ranks:
@@ -129,7 +132,7 @@ def columns() -> tuple[Trajectories, ReferenceColumns, np.ndarray]:
 
 
 def config(
-    policy: str, ranks: int = 1, stage: int = 1, budget: int = 4096, rollout: Any = None, **ppo: Any
+    policy: str, ranks: int = 1, stage: int = 1, budget: int = 4096, rollout: Any = None, lora: Any = None, **ppo: Any
 ) -> PPOConfig:
     return PPOConfig.model_validate(
         {
@@ -150,6 +153,7 @@ def config(
             "learner": {
                 "tokens_per_micro_batch": budget,
                 "zero": {"stage": stage},
+                "lora": lora,
                 "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_share": 0, "max_grad_norm": 0.5},
             },
             "roles": {"learner": {"ranks": ranks}, "deadline_s": 60},
@@ -321,6 +325,50 @@ def test_prompts_whose_answers_are_paid_alike_are_found_and_left_out(one: Ranks,
     assert kept.metrics["tokens/trained"] == 6 + 11
     assert kept.metrics["tokens/generated"] == everything.metrics["tokens/trained"] == trajectories.tokens
     assert kept.metrics["objective/scores"] == 2.5
+
+
+# Adapters
+
+ADAPTERS = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_alone_train_and_whoever_loads_the_policy_gets_them_added(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, tmp_path: Path, stage: int
+) -> None:
+    import ray
+
+    metrics, weights = two.run(config(policy, 2, stage, 24, lora=ADAPTERS), columns)
+    alone_metrics, alone = one.run(config(policy, lora=ADAPTERS), columns)
+    start = {name: p.detach().numpy() for name, p in _fresh(policy).named_parameters()}
+    assert list(weights) == list(start)
+    moved = {name for name in start if not np.array_equal(weights[name], start[name])}
+    assert {name.rsplit(".", 2)[1] for name in moved} == {"q_proj", "down_proj"}
+    for name, value in alone_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    assert max(float(np.abs(weights[name] - alone[name]).max()) for name in weights) < 1e-3
+
+    ray.get([host.save.remote(str(tmp_path / "saved")) for host in two.hosts], timeout=60)
+    saved = {name: p.detach().numpy() for name, p in _fresh(str(tmp_path / "saved")).named_parameters()}
+    assert all(np.array_equal(saved[name], weights[name]) for name in start)
+
+
+@pytest.mark.parametrize("kl", [{}, {"estimator": "full", "placement": "both"}, {"estimator": "full", "top_k": 5}])
+def test_a_learner_without_its_adapters_is_the_reference(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, kl: dict[str, Any]
+) -> None:
+    """What it says of itself is what an actor with the same weights says."""
+    sent = as_sent(columns, kl, policy)
+    if not kl:
+        reference = Reference(policy, 0.7, 64, "sampled", "cpu", False).score(sent[0])
+        sent = (sent[0], reference, sent[2])
+    apart, _ = one.run(config(policy, lora=ADAPTERS, kl=kl), sent)
+    shared = config(policy, 2, 1, 24, lora={**ADAPTERS, "share_reference": True}, kl=kl)
+    itself, _ = two.run(shared, (sent[0], sent[2]))
+    assert itself["objective/kl"] == pytest.approx(0, abs=1e-5)
+    for name, value in apart.items():
+        if not name.startswith("wire/"):  # nothing comes from a reference
+            assert itself[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
 # Invariants

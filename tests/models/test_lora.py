@@ -95,10 +95,12 @@ def test_a_model_without_adapters_is_its_own_merge(tied_policy: str) -> None:
     plain = load.causal_lm(tied_policy, "cpu")
     for (name, weight), (own, parameter) in zip(merged(None, plain), plain.named_parameters(), strict=True):
         assert name == own
-        assert weight.data_ptr() == parameter.data_ptr()
+        assert weight.data_ptr() == parameter.data_ptr() and not weight.requires_grad
 
 
-def one_layer(weight: list[list[float]], a: list[list[float]], b: list[list[float]], alpha: float, dtype: Any) -> Tensor:
+def one_layer(
+    weight: list[list[float]], a: list[list[float]], b: list[list[float]], alpha: float, dtype: Any
+) -> Tensor:
     module = nn.Sequential(nn.Linear(len(weight[0]), len(weight), dtype=dtype))
     add_adapters(module, len(a), alpha, ["0"], 0)
     values = {"0.base_layer.weight": weight, "0.lora_A.default.weight": a, "0.lora_B.default.weight": b}
@@ -205,9 +207,7 @@ def test_a_saved_adapter_is_one_that_peft_loads(policy: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("which", ["policy", "tied_policy"])
-def test_a_saved_merge_is_an_ordinary_model_folder(
-    which: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_a_saved_merge_is_an_ordinary_model_folder(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(which)
     model = moved(adapted(folder))
     load.save(model, tiny.tokenizer(), tmp_path, dict(merged(None, model)))
@@ -221,7 +221,7 @@ def test_a_saved_merge_is_an_ordinary_model_folder(
 
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0, max_grad_norm=0.5)
-CASES = [(0, False), (1, False), (3, False), (1, True), (3, True)]
+CASES = [(0, True), (1, False), (3, False), (3, True)]
 """ZeRO stage, and whether activations are computed again."""
 ROWS = [np.random.default_rng(row).integers(6, 42, 4 + 3 * row, dtype=np.int32) for row in range(4)]
 TOKENS = sum(len(row) - 1 for row in ROWS)
@@ -282,7 +282,11 @@ def by_hand(folder: str) -> tuple[dict[str, np.ndarray], float]:
         loss = -plain(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None]).sum() / TOKENS
         loss.backward()
     weights = {name: weight.detach().double() for name, weight in plain.named_parameters()}
-    a = {f"{n.partition('.lora_A')[0]}.weight": p.detach().double() for n, p in model.named_parameters() if ".lora_A." in n}
+    a = {
+        f"{n.partition('.lora_A')[0]}.weight": p.detach().double()
+        for n, p in model.named_parameters()
+        if ".lora_A." in n
+    }
     scale = ALPHA / RANK
     b_gradients = {name: scale * plain.get_parameter(name).grad.double() @ a[name].T for name in a}
     norm = float(torch.stack([gradient.square().sum() for gradient in b_gradients.values()]).sum().sqrt())
