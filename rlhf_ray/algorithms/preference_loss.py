@@ -41,7 +41,7 @@ def dpo(chosen: Tensor, rejected: Tensor, p: Tensor, beta: float) -> Tensor:
 
     Rafailov et al. 2023, "Direct preference optimization", eq. 7, where p = 1; p = 1 - epsilon is conservative DPO.
     """
-    return bradley_terry(beta * chosen, beta * rejected)
+    return bradley_terry(beta * chosen, beta * rejected, p)
 
 
 def ipo(chosen: Tensor, rejected: Tensor, p: Tensor, beta: float) -> Tensor:

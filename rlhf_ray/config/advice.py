@@ -9,7 +9,10 @@ from rlhf_ray.config.ppo import PPOConfig, Uncorrected
 KL_DOUBTS = {
     ("k2", "reward"): "k2 in the reward does not have the gradient of the KL; k1 has",
     ("k3", "reward"): "k3 in the reward does not have the gradient of the KL; k1 has",
-    ("k3", "loss"): "k3 as a loss has a biased gradient; k2 as a loss is the one that is meant",
+    (
+        "k3",
+        "loss",
+    ): "k3 as a loss has the gradient of the other KL, reference to policy; k2 has that of this one",
     (
         "full",
         "reward",

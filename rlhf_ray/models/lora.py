@@ -48,7 +48,7 @@ def add_adapters(module: nn.Module, rank: int, alpha: float, targets: Targets, s
         if not any(f".{name}".endswith(f".{target}") for name in names):
             near = difflib.get_close_matches(target, ends) or ends
             raise ModelError(
-                f"lora.targets: '{target}' matches no linear layer of {type(module).__name__} that can have an "
+                f"learner.lora.targets: '{target}' matches no linear layer of {type(module).__name__} that can have an "
                 f"adapter; there are: {', '.join(near)}"
             )
     config = LoraConfig(

@@ -5,7 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny
+from learner_ranks import Ranks, made_up_columns
+
+from rlhf_ray.records import ReferenceColumns, Trajectories
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +79,24 @@ def engines(ray_cluster: None, rollout_models: dict[str, Path], request: pytest.
     ray.get([handle.ready.remote() for handle in handles], timeout=180)
     yield handles
     ray.get([handle.shutdown.remote() for handle in handles], timeout=60)
+
+
+@pytest.fixture(scope="session")
+def other_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_policy(tmp_path_factory.mktemp("other"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def one(ray_cluster: None, policy: str, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """One rank of a learner."""
+    return Ranks(1, policy, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def two(ray_cluster: None, policy: str, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(2, policy, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="session")
+def columns() -> tuple[Trajectories, ReferenceColumns, np.ndarray]:
+    return made_up_columns()

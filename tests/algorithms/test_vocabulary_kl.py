@@ -139,6 +139,15 @@ def test_float32_extremes_agree_with_float64(k: int, peak: float) -> None:
     torch.testing.assert_close(slopes[torch.float32], slopes[torch.float64], rtol=1e-5, atol=1e-4)
 
 
+def test_a_light_bucket_keeps_its_digits_in_float32() -> None:
+    # All but 1e-6 on one token, against all but 3e-6; next to one, either is a handful of roundings.
+    p, q = 1e-6, 3e-6
+    logp = torch.tensor([[math.log1p(-p), math.log(p)]])
+    value = top_k(logp, torch.tensor([[0]]), torch.tensor([[math.log1p(-q)]]))
+    expected = (1 - p) * (math.log1p(-p) - math.log1p(-q)) + p * math.log(p / q)
+    assert value.item() == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("policy_mass", [1.0, 0.5])
 def test_a_reference_whose_mass_rounds_to_one_or_more_leaves_a_finite_bucket(policy_mass: float) -> None:
     logits = torch.tensor([[policy_mass / 2, policy_mass / 2, (1 - policy_mass) + 1e-12]]).log().requires_grad_()

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
+from pydantic import ValidationError
 from ranks import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config.common import DataConfig
+from rlhf_ray.config.load import load
 from rlhf_ray.config.supervised import DPOConfig
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.rows import JudgedAnswer, PreferencePair, judged_answers, preference_pairs
@@ -86,6 +88,31 @@ def given_reference(objective: Direct, reference: list[list[float]], mismatched:
     objective.before_training(rows, measure)
     if mismatched is not None:
         objective.before_losses(rows, lambda _, rows: torch.tensor(mismatched)[rows, None])
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes", "said"),
+    [
+        ("ipo", {"label_smoothing": 0.1}, "label_smoothing belongs to loss sigmoid, but loss is ipo"),
+        ("kto", {"label_smoothing": 0.1}, "label_smoothing belongs to loss sigmoid, but loss is kto"),
+        ("sigmoid", {"desirable_weight": 2.0}, "belong to loss kto, but loss is sigmoid"),
+        ("ipo", {"undesirable_weight": 2.0}, "belong to loss kto, but loss is ipo"),
+        ("sigmoid", {"label_smoothing": 0.5}, "less than 0.5"),
+        ("sigmoid", {"beta": 0.0}, "greater than 0"),
+    ],
+)
+def test_a_setting_of_another_loss_or_without_a_meaning_is_refused(
+    loss: str, changes: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        config(loss, **changes)
+
+
+def test_the_demos_configuration_is_a_configuration() -> None:
+    assert load(DPOConfig, Path(__file__).parents[2] / "configs" / "demo" / "dpo.yaml").loss == "sigmoid"
 
 
 # What is learnt
