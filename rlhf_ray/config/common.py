@@ -41,6 +41,11 @@ class ZeroConfig(Config):
     """ZeRO stage: 1 shards optimiser state, 2 gradients as well, 3 parameters as well."""
     offload_optimizer: bool = False
     """Keep optimiser state in host memory."""
+    offload_parameters: bool = False
+    """At stage 3: keep parameters in host memory too, and fetch a layer's when it is computed."""
+    bf16_optimizer: bool = False
+    """Keep master weights and Adam's moments in bf16: half of their memory, and changes below a 256th of a weight are
+    rounded away."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
 
@@ -48,6 +53,12 @@ class ZeroConfig(Config):
     def offload_needs_sharding(self) -> "ZeroConfig":
         if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer works with stage 1, 2 and 3, but stage is 0")
+        if self.offload_parameters and self.stage < 3:
+            raise ValueError(f"offload_parameters works with stage 3, but stage is {self.stage}")
+        if self.bf16_optimizer and self.stage == 0:
+            raise ValueError("bf16_optimizer works with stage 1, 2 and 3, but stage is 0")
+        if self.bf16_optimizer and self.offload_optimizer:
+            raise ValueError("bf16_optimizer and offload_optimizer do not work together; choose one")
         return self
 
 
@@ -92,6 +103,11 @@ class StageConfig(Config):
     """Run Python code that a model folder brings along. Leave off unless you have read that code."""
     telemetry: TelemetryConfig = TelemetryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def check_zero(self, zero: ZeroConfig) -> None:
+        """Raises ValueError for what this device cannot do."""
+        if zero.bf16_optimizer and self.device == "cpu":
+            raise ValueError("bf16_optimizer needs bf16 weights, but device is cpu, where weights are fp32")
 
     @property
     def dtype(self) -> str:

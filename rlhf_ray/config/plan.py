@@ -219,9 +219,15 @@ def _trained(
         size,
         weights=_times(size.parameters, _width(config), ranks if zero.stage >= 3 else 1),
         gradients=_times(size.parameters, _width(config), ranks if zero.stage >= 2 else 1),
-        optimizer=_times(size.parameters, 12 if has_master else 8, ranks if zero.stage >= 1 else 1),
+        optimizer=_times(size.parameters, _optimizer_width(zero, has_master), ranks if zero.stage >= 1 else 1),
         optimizer_on_host=zero.offload_optimizer and config.device == "gpu",
     )
+
+
+def _optimizer_width(zero: ZeroConfig, has_master: bool) -> int:
+    """Bytes a parameter: Adam's two moments and the master copy."""
+    width = 2 if zero.bf16_optimizer else 4
+    return 3 * width if has_master else 2 * width
 
 
 def _width(config: StageConfig) -> int:

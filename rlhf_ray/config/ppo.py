@@ -418,6 +418,7 @@ class PPOConfig(StageConfig):
 
     @model_validator(mode="after")
     def devices_agree(self) -> "PPOConfig":
+        self.check_zero(self.learner.zero)
         for role in ROLES:
             gpus = getattr(self.roles, role).gpus
             if self.device == "cpu" and gpus > 0:

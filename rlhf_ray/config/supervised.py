@@ -43,6 +43,7 @@ class SupervisedConfig(StageConfig):
 
     @model_validator(mode="after")
     def devices_agree(self) -> "SupervisedConfig":
+        self.check_zero(self.training.zero)
         if (self.device == "gpu") != (self.workers.gpus > 0):
             raise ValueError(f"device is {self.device}, but workers.gpus is {self.workers.gpus:g}")
         return self

@@ -53,7 +53,7 @@ def add_adapters(module: nn.Module, rank: int, alpha: float, targets: Targets, s
             )
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  PEFT only divides it
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides it
         target_modules=chosen,
         fan_in_fan_out=any(isinstance(module.get_submodule(name), Conv1D) for name in names),
         base_model_name_or_path=getattr(getattr(module, "config", None), "_name_or_path", None),

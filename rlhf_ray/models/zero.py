@@ -43,6 +43,9 @@ def settings(optimizer: OptimizerConfig, zero: ZeroConfig, device: Device) -> di
     stage: dict[str, Any] = {"stage": zero.stage, "overlap_comm": device == "gpu"}
     if zero.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload_parameters:
+        stage["offload_param"] = {"device": "cpu"}
+    half = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if zero.bf16_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -51,7 +54,7 @@ def settings(optimizer: OptimizerConfig, zero: ZeroConfig, device: Device) -> di
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": device == "gpu"},
+        "bf16": {"enabled": device == "gpu", **half},
         "zero_optimization": stage,
     }
 

@@ -191,3 +191,17 @@ def test_advantages_of_a_group_sum_to_zero_and_leave_one_out_is_the_larger_by_n_
 def test_no_answers_give_no_advantages() -> None:
     nobody, nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     assert group(nothing, nobody, True).shape == leave_one_out(nothing, nobody).shape == (0,)
+
+
+def test_advantages_within_a_group_are_constants_to_the_losses() -> None:
+    returns, groups = torch.tensor([1.0, 2.0], requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    assert not group(returns, groups, True).requires_grad
+    assert not leave_one_out(returns, groups).requires_grad
+
+
+def test_what_is_made_on_the_way_stands_on_the_device_of_the_arguments() -> None:
+    # The device by default has no memory here: a tensor left to it could not meet those given.
+    rewards, offsets = torch.ones(3), torch.tensor([0, 2, 3])
+    with torch.device("meta"):
+        advantages, _ = gae(rewards, rewards, offsets, 1.0, 1.0, rewards > 0)
+    assert advantages.tolist() == [1.0, 0.0, 0.0]

@@ -93,3 +93,8 @@ def test_no_split_into_ranks_and_micro_batches_changes_the_gradient(
     parts = [[row for row, taken in zip(order, passes, strict=True) if taken == number] for number in range(4)]
     split = torch.stack([minibatch.gradient(part, weights, ratio) for part in parts]).sum(0)
     assert (split - whole).norm() <= 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_a_single_token_weighs_one_where_an_answer_may_have_no_more(name: str) -> None:
+    assert AGGREGATIONS[name](torch.tensor([1]), 1).tolist() == [1.0]

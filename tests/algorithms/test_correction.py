@@ -115,3 +115,10 @@ def test_the_gap_has_mean_99th_percentile_and_maximum_of_the_distance() -> None:
 def test_a_gap_of_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="no tokens"):
         gap(torch.zeros(0), torch.zeros(0))
+
+
+def test_a_weight_at_its_bound_is_the_ratio_itself() -> None:
+    one = torch.zeros(1)
+    for corrected in (truncate(one, 1.0), mask(one, 1.0, 2.0), mask(one, 0.5, 1.0)):
+        assert corrected.weights.item() == 1
+        assert not corrected.clipped.item()

@@ -368,3 +368,9 @@ def test_a_horizon_that_could_turn_the_coefficient_negative_is_refused() -> None
 def test_a_process_that_only_holds_a_controller_does_not_load_torch() -> None:
     code = "import sys; import rlhf_ray.algorithms.kl; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_horizon_just_long_enough_is_accepted() -> None:
+    controller = AdaptiveKL(0.1, 6.0, horizon=21)
+    controller.update(0.0, samples=100)
+    assert controller.coefficient == pytest.approx(0.1 * (1 - 0.2 * 100 / 21))

@@ -277,3 +277,20 @@ def test_a_single_chunk_is_not_computed_twice() -> None:
     hidden, targets = inputs(4)
     chunked(hidden, head, targets, 1.0, chunk=4)[0].sum().backward()
     assert head.rows == [4]
+
+
+def test_two_chunks_are_enough_to_be_computed_again() -> None:
+    head = Head()
+    hidden, targets = inputs(4)
+    logp = chunked(hidden, head, targets, 1.0, chunk=3).logprobs
+    assert head.rows == [3, 1]
+    logp.sum().backward()
+    assert sorted(head.rows) == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_targets_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 3, 3, 10])
+    narrow, _ = logprobs_and_entropy(logits, targets.to(dtype), 1.0)
+    assert torch.equal(narrow, logprobs_and_entropy(logits, targets, 1.0)[0])

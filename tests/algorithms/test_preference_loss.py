@@ -329,3 +329,16 @@ def test_kto_agrees_with_trl(mismatched: Tensor) -> None:
     z = kto_reference_point(mismatched - reference)
     torch.testing.assert_close(kto(CHOSEN - REFERENCE_CHOSEN, desirable, z, 0.3, 1.0, 1.25).mean(), loss)
     assert theirs._metrics["train"]["kl"] == [pytest.approx(z.item())]
+
+
+def test_answers_of_either_kind_weigh_the_same_in_kto_unless_told_otherwise() -> None:
+    # Every answer is at the reference point, where sigmoid is one half.
+    assert kto(doubles(2, 2), torch.tensor([True, False]), torch.tensor(2.0), 0.1).tolist() == [0.5, 0.5]
+
+
+def test_the_bins_of_a_calibration_error_stand_on_the_device_of_the_arguments() -> None:
+    # The device by default has no memory here: a tensor left to it could not meet those given.
+    probabilities, labels = doubles(0.75), doubles(1)
+    with torch.device("meta"):
+        error = expected_calibration_error(probabilities, labels)
+    assert error.item() == 0.25

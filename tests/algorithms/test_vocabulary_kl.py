@@ -174,3 +174,10 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     values = top_k(logp, ids, at_broken)
     assert values.isfinite().tolist() == [True, True, False, True]
     assert torch.equal(values[[0, 1, 3]], top_k(logp, ids, at_ids)[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    logp, ref = distributions(0)
+    ids, at_ids = likeliest(logp, ref, 7)
+    assert torch.equal(top_k(logp, ids.to(dtype), at_ids), top_k(logp, ids, at_ids))

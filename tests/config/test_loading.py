@@ -252,6 +252,8 @@ def test_a_choice_that_is_none_and_a_key_of_another_are_refused(ppo_yaml: Path) 
         ("ppo.kl={estimator: k3, top_k: 20}", "top_k belongs to estimator full, but estimator is k3"),
         ("ppo.algorithm.clip_ratio=[1.5, 0.2]", "'ppo.algorithm.clip_ratio.0'"),
         ("ppo.correction={name: mask, low: 2}", "'ppo.correction.low'"),
+        ("learner.zero={stage: 2, offload_parameters: true}", "offload_parameters works with stage 3, but stage is 2"),
+        ("learner.zero.bf16_optimizer=true", "bf16_optimizer needs bf16 weights, but device is cpu"),
     ],
 )
 def test_what_cannot_work_together_is_refused(ppo_yaml: Path, override: str, said: str) -> None:

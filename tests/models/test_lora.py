@@ -221,7 +221,7 @@ def test_a_saved_merge_is_an_ordinary_model_folder(which: str, request: pytest.F
 
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0, max_grad_norm=0.5)
-CASES = [(0, True), (1, False), (3, False), (3, True)]
+CASES = [(0, True), (1, False), (3, True)]
 """ZeRO stage, and whether activations are computed again."""
 ROWS = [np.random.default_rng(row).integers(6, 42, 4 + 3 * row, dtype=np.int32) for row in range(4)]
 TOKENS = sum(len(row) - 1 for row in ROWS)
@@ -251,6 +251,8 @@ def trained(rank: int, folder: str, world: int, adapters: str) -> list[dict[str,
                 return engine(PACKED).logprobs
 
         start, norm = now(), step()
+        for _ in zero.whole_weights(engine, module.named_parameters()):
+            pass  # DeepSpeed keeps small parameters whole until they are gathered once: now all are in shards
         weights = {name: weight.numpy().copy() for name, weight in merged(engine, module.model)}
         save_adapter(engine, module.model, Path(adapters) / str(number))
         after = now()

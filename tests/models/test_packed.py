@@ -35,9 +35,8 @@ def test_packed_logprobs_and_entropies_are_those_of_each_sequence_alone(
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     prompts = [1, 6, 1, 29]
     with torch.no_grad():
-        logprobs, entropies = TokenLogprobs(load.causal_lm(folder, "cpu"), temperature)(
-            Packed.of(sequences(), prompts, CPU)
-        )
+        packed = Packed.of(sequences(), prompts, CPU)
+        logprobs, entropies, _ = TokenLogprobs(load.causal_lm(folder, "cpu"), temperature)(packed)
     expected, expected_entropies = [], []
     for sequence, prompt in zip(sequences(), prompts, strict=True):
         table = (alone(plain, sequence) / temperature).log_softmax(-1)[prompt - 1 : -1]
@@ -55,7 +54,7 @@ def test_gradients_of_a_packed_pass_are_the_sum_of_those_of_each_sequence_alone(
         ids = torch.from_numpy(sequence.astype(np.int64))
         plain(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None]).sum().backward()
     of_plain = dict(plain.named_parameters())
-    for name, parameter in packed_model.named_weights():
+    for name, parameter in packed_model.model.named_parameters():
         torch.testing.assert_close(parameter.grad, of_plain[name].grad, atol=2e-4, rtol=1e-4, msg=name)
 
 
@@ -63,9 +62,9 @@ def test_no_sequence_sees_another(policy: str) -> None:
     model = TokenLogprobs(load.causal_lm(policy, "cpu"), 1.0)
     rows = sequences()
     with torch.no_grad():
-        before, _ = model(Packed.of(rows, [1] * 4, CPU))
+        before = model(Packed.of(rows, [1] * 4, CPU)).logprobs
         rows[1] = rows[1][::-1].copy()
-        after, _ = model(Packed.of(rows, [1] * 4, CPU))
+        after = model(Packed.of(rows, [1] * 4, CPU)).logprobs
     changed = slice(LENGTHS[0] - 1, LENGTHS[0] - 1 + LENGTHS[1] - 1)
     assert not torch.equal(before[changed], after[changed])
     before[changed] = after[changed]
@@ -77,8 +76,8 @@ def test_logits_are_made_in_chunks_and_change_nothing(policy: str) -> None:
     one = np.resize(sequences()[3], 200)
     rows = [one] * (HEAD_CHUNK // 199 + 2)
     with torch.no_grad():
-        many, _ = model(Packed.of(rows, [1] * len(rows), CPU))
-        single, _ = model(Packed.of([one], [1], CPU))
+        many = model(Packed.of(rows, [1] * len(rows), CPU)).logprobs
+        single = model(Packed.of([one], [1], CPU)).logprobs
     assert len(many) > HEAD_CHUNK
     torch.testing.assert_close(many, single.repeat(len(rows)), atol=1e-5, rtol=1e-5)
 

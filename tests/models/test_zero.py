@@ -1,6 +1,7 @@
 """DeepSpeed against plain torch: an engine is AdamW with clipping, at every stage and on any number of ranks."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ def as_numpy(named: object) -> Weights:
     return {name: weight.detach().float().numpy().copy() for name, weight in named}  # type: ignore[attr-defined]
 
 
-def trained(rank: int, folder: str, stages: list[int], world: int) -> dict[int, tuple[Weights, list[float]]]:
+def trained(
+    rank: int, folder: str, stages: Sequence[int | ZeroConfig], world: int
+) -> dict[int, tuple[Weights, list[float]]]:
     """Weights and gradient norms after a few steps on ROWS, shared out over ranks, at each ZeRO stage."""
     from rlhf_ray.models import load, zero
     from rlhf_ray.models.heads import TokenLogprobs
@@ -31,15 +34,16 @@ def trained(rank: int, folder: str, stages: list[int], world: int) -> dict[int, 
     found = {}
     tokens = sum(len(row) - 1 for row in ROWS)
     for stage in stages:
+        settings = ZeroConfig(stage=stage) if isinstance(stage, int) else stage
         module = TokenLogprobs(load.causal_lm(folder, "cpu"), 1.0)
-        engine = zero.make_engine(module, OPTIMIZER, ZeroConfig(stage=stage), "cpu", STEPS)
+        engine = zero.make_engine(module, OPTIMIZER, settings, "cpu", STEPS)
         norms = []
         for _ in range(STEPS):
             for row in ROWS[rank::world]:
-                logprobs, _ = engine(Packed.of([row], [1], torch.device("cpu")))
+                logprobs = engine(Packed.of([row], [1], torch.device("cpu"))).logprobs
                 engine.backward(-logprobs.sum() * world / tokens)
             norms.append(zero.step(engine, "the model"))
-        found[stage] = (as_numpy(zero.whole_weights(engine, module.named_weights())), norms)
+        found[settings.stage] = (as_numpy(zero.whole_weights(engine, module.model.named_parameters())), norms)
     return found
 
 
@@ -73,6 +77,53 @@ def test_every_stage_is_clipped_adamw_on_one_rank(tied_policy: str) -> None:
     (found,) = on_ranks(1, trained, tied_policy, [0, 1, 2, 3], 1)
     for stage in found:
         check(found[stage], plainly_trained(tied_policy), 1e-3)
+
+
+@pytest.mark.real
+def test_parameters_and_optimizer_in_host_memory_train_alike(policy: str) -> None:
+    offloaded = ZeroConfig(stage=3, offload_parameters=True, offload_optimizer=True)
+    (found,) = on_ranks(1, trained_with, policy, offloaded)
+    check(found, plainly_trained(policy), 1e-3)
+
+
+def trained_with(rank: int, folder: str, settings: ZeroConfig) -> tuple[Weights, list[float]]:
+    return trained(rank, folder, [settings], 1)[settings.stage]
+
+
+def bf16_states(rank: int, folder: str, stages: list[int]) -> dict[int, tuple[set[torch.dtype], bool]]:
+    """Types of what the optimiser keeps, and whether a step moved the weights, with the settings that GPUs get."""
+    import deepspeed
+
+    from rlhf_ray.models import load, zero
+    from rlhf_ray.models.heads import TokenLogprobs, checksum
+    from rlhf_ray.models.packed import Packed
+
+    found = {}
+    for stage in stages:
+        module = TokenLogprobs(load.causal_lm(folder, "cpu").bfloat16(), 1.0)
+        before = checksum(module)
+        zero.import_deepspeed("cpu")
+        settings = zero.settings(OPTIMIZER, ZeroConfig(stage=stage, bf16_optimizer=True), "gpu")
+        settings["zero_optimization"]["overlap_comm"] = False
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=list(module.parameters()),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+            config=settings,
+            dist_init_required=False,
+        )
+        engine.backward(engine(Packed.of([ROWS[0]], [1], torch.device("cpu"))).logprobs.sum())
+        zero.step(engine, "the model")
+        states = engine.optimizer.optimizer.state.values()
+        kinds = {value.dtype for state in states for value in state.values() if value.numel() > 1}
+        found[stage] = (kinds, checksum(module) != before)
+    return found
+
+
+@pytest.mark.real
+def test_optimizer_states_are_bf16_when_asked_for(policy: str) -> None:
+    (found,) = on_ranks(1, bf16_states, policy, [1, 2])
+    assert found == {1: ({torch.bfloat16}, True), 2: ({torch.bfloat16}, True)}
 
 
 @pytest.mark.real

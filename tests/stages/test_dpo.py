@@ -239,8 +239,10 @@ def test_answers_to_one_prompt_alone_have_no_mismatch() -> None:
 
 
 def test_a_mismatched_answer_is_cut_where_its_prompt_leaves_no_room() -> None:
-    long, short = JudgedAnswer(ids(*range(6)), ids(50), True), JudgedAnswer(ids(9), ids(*range(60, 68)), False)
-    objective = Judged([long, short], config("kto"))  # both are within 9 tokens, and the long prompt and answer are 14
+    long, short = JudgedAnswer(ids(*range(6)), ids(50), True), JudgedAnswer(ids(9), ids(*range(60, 67)), False)
+    objective = Judged(
+        [long, short], config("kto")
+    )  # of 7 and 8 tokens; the longer prompt and answer have 13, and 9 are allowed
     assert objective.mismatched.sequences[0].tolist() == [*range(6), 60, 61, 62]
     assert objective.mismatched.sequences[1].tolist() == [9, 50]
     assert (objective.longest_sequence, objective.longest_row) == (9, 9)
