@@ -16,7 +16,7 @@ from rlhf_ray.config.layout import groups, needs, workers
 from rlhf_ray.config.load import dump
 from rlhf_ray.config.model_size import ModelSize, model_size
 from rlhf_ray.config.ppo import ROLES, PPOConfig
-from rlhf_ray.config.supervised import RewardConfig, SupervisedConfig
+from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SupervisedConfig
 
 GPUS_PER_NODE = 8
 """GPUs of the machines that the plan lays bundles on; the cluster's real nodes may differ."""
@@ -163,7 +163,8 @@ def _ppo_batch(config: PPOConfig) -> Batch:
 
 def _supervised_batch(config: SupervisedConfig) -> Batch:
     training, longest = config.training, config.data.max_tokens
-    sequences = training.sequences_per_step * (2 if isinstance(config, RewardConfig) else 1)
+    paired = isinstance(config, RewardConfig) or (isinstance(config, DPOConfig) and config.loss != "kto")
+    sequences = training.sequences_per_step * (2 if paired else 1)
     of_a_rank = ceil(sequences / config.workers.ranks)
     micro_batches = _micro_batches(of_a_rank, longest, training.tokens_per_micro_batch)
     return Batch(sequences, sequences * longest, micro_batches, optimizer_steps=1, updates=None)

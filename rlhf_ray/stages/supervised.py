@@ -186,7 +186,7 @@ class Run:
         last = losses[-LAST_STEPS:]
         measured = {}
         if held_out:
-            measured = {"held_out_first": _after_slash(held_out[0]), "held_out_last": _after_slash(held_out[-1])}
+            measured = {"held_out_first": _held_out(held_out[0]), "held_out_last": _held_out(held_out[-1])}
         return {
             "model": self.saved,
             "loss_first": losses[0],
@@ -301,9 +301,7 @@ def _short(error: BaseException, lines: int = 4) -> str:
     return " | ".join(said[:lines]) or type(error).__name__
 
 
-def _after_slash(metrics: dict[str, float]) -> dict[str, float]:
-    """Held-out metrics by their short names."""
+def _held_out(metrics: dict[str, float]) -> dict[str, float]:
+    """Those measured on held-out rows, by the names that training rows have."""
     ending = "_held_out"
-    return {
-        name.partition("/")[2].removesuffix(ending): value for name, value in metrics.items() if name.endswith(ending)
-    }
+    return {name.removesuffix(ending): value for name, value in metrics.items() if name.endswith(ending)}

@@ -337,7 +337,7 @@ def test_dpo_starts_at_its_reference_and_learns_to_prefer_what_people_do(
     assert start["rewards/accuracies_held_out"] == 0.5
     assert lines[1]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # measured before the first step was taken
     assert lines[1]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert summary["held_out_last"]["accuracies"] == 1.0
+    assert summary["held_out_last"]["rewards/accuracies"] == 1.0
     [entry] = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
     assert (entry["file"], entry["line"]) == (data, 2)
     assert entry["reason"].startswith("missing column: no 'rejected'")
@@ -354,7 +354,7 @@ def test_dpo_starts_at_its_reference_and_learns_to_prefer_what_people_do(
     measured = lines[-1]
     assert measured["rewards/chosen_held_out"] == pytest.approx(0.1 * chosen.mean(), abs=1e-4)
     assert measured["rewards/rejected_held_out"] == pytest.approx(0.1 * rejected.mean(), abs=1e-4)
-    assert summary["held_out_last"]["chosen"] == measured["rewards/chosen_held_out"]
+    assert summary["held_out_last"]["rewards/chosen"] == measured["rewards/chosen_held_out"]
 
 
 @pytest.mark.real
@@ -362,6 +362,6 @@ def test_kto_learns_from_answers_that_were_judged_one_by_one(ray_session: None, 
     told = settings(policy, written(JUDGED, tmp_path / "rows.jsonl"), tmp_path, loss="kto")
     summary = dpo.run(DPOConfig.model_validate(told))
     first, last = summary["held_out_first"], summary["held_out_last"]
-    assert (first["loss"], first["margins"], first["kl"]) == (0.5, 0, 0)
-    assert last["loss"] < 0.45 and last["margins"] > 0.5 and last["accuracies"] > 0.9
-    assert last["kl"] >= 0
+    assert (first["dpo/loss"], first["rewards/margins"], first["kto/kl"]) == (0.5, 0, 0)
+    assert last["dpo/loss"] < 0.45 and last["rewards/margins"] > 0.5 and last["rewards/accuracies"] > 0.9
+    assert last["kto/kl"] >= 0

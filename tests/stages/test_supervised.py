@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_ray.algorithms.logprobs import TokenStatistics
 from rlhf_ray.config.common import DataConfig
 from rlhf_ray.config.supervised import RewardConfig, SFTConfig, SupervisedConfig
 from rlhf_ray.data.quarantine import Quarantine
@@ -115,7 +116,9 @@ def test_sft_learns_only_what_the_mask_names() -> None:
     )
     assert objective.weights.tolist() == [2, 1]  # nothing predicts the first token of the second
     logprobs = torch.tensor([-1.0, -2.0, -5.0])
-    outputs = objective.forward(lambda packed: (logprobs, None), np.array([0, 1]), torch.device("cpu"))
+    outputs = objective.forward(
+        lambda packed: TokenStatistics(logprobs, logprobs), np.array([0, 1]), torch.device("cpu")
+    )
     assert outputs.tolist() == [[3.0], [5.0]]
     assert objective.step_metrics(outputs, np.array([0, 1])) == {"sft/loss": pytest.approx(8 / 3), "sft/tokens": 3.0}
 
@@ -306,7 +309,7 @@ def test_sft_lowers_the_loss_and_leaves_an_ordinary_model(ray_session: None, pol
     told = settings(policy, written(SFT_ROWS, tmp_path / "rows.jsonl"), tmp_path, checkpoint={"every": 5, "keep": 2})
     summary = sft.run(SFTConfig.model_validate(told))
     assert summary["loss_last"] < 0.5 * summary["loss_first"]
-    assert summary["held_out_last"]["loss"] < 0.5 * summary["held_out_first"]["loss"]
+    assert summary["held_out_last"]["sft/loss"] < 0.5 * summary["held_out_first"]["sft/loss"]
     run = tmp_path / "runs" / "run"
     assert json.loads((run / "summary.json").read_text()) == summary
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -327,7 +330,7 @@ def test_sft_lowers_the_loss_and_leaves_an_ordinary_model(ray_session: None, pol
         with torch.no_grad():
             logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         losses.append(-logprobs[torch.from_numpy(example.loss_mask[1:])])
-    assert torch.cat(losses).mean().item() == pytest.approx(summary["held_out_last"]["loss"], rel=1e-4)
+    assert torch.cat(losses).mean().item() == pytest.approx(summary["held_out_last"]["sft/loss"], rel=1e-4)
     assert tokens.chat_template == tiny.CHAT
 
 
@@ -338,11 +341,11 @@ def test_a_reward_model_learns_the_preference_and_keeps_the_scale_of_its_scores(
     told = settings(policy, written(PAIRS, tmp_path / "pairs.jsonl"), tmp_path)
     summary = reward.run(RewardConfig.model_validate(told))
     measured = summary["held_out_last"]
-    assert measured["accuracy"] == 1.0
+    assert measured["reward/accuracy"] == 1.0
     # At labels of 7/8 the best loss is their entropy; a model of hard labels would be far above.
     entropy = -(0.875 * math.log(0.875) + 0.125 * math.log(0.125))
-    assert entropy - 1e-3 < measured["loss"] < entropy + 0.15
-    assert measured["brier"] < 0.03 and measured["ece"] < 0.2
+    assert entropy - 1e-3 < measured["reward/loss"] < entropy + 0.15
+    assert measured["reward/brier"] < 0.03 and measured["reward/ece"] < 0.2
 
     model = AutoModelForSequenceClassification.from_pretrained(summary["model"])
     tokens = AutoTokenizer.from_pretrained(summary["model"])
