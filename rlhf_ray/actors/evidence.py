@@ -15,12 +15,14 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+import yaml
 
 from rlhf_ray.actors.experience import Batch, Experience
 from rlhf_ray.config.load import dump, load
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.errors import DataError
 from rlhf_ray.records import ReferenceColumns, Trajectories
+from rlhf_ray.telemetry.secrets import redact_values
 
 BATCH, ABOUT, CONFIG, POLICY, CRITIC = "batch.safetensors", "about.json", "config.yaml", "policy", "critic.safetensors"
 COLUMNS = ("old_logprobs", "reference_logprobs", "advantages", "weights", "values", "returns")
@@ -53,8 +55,17 @@ def write(
         if column is not None:
             columns[f"experience.{name}"] = column.numpy()
     save_file({name: np.ascontiguousarray(column) for name, column in columns.items()}, folder / BATCH)
-    (folder / CONFIG).write_text(dump(config), encoding="utf-8")
-    (folder / ABOUT).write_text(json.dumps(dict(about), indent=1), encoding="utf-8")
+    # For people to pass on: what is secret in the run's own files is secret here.
+    told = yaml.safe_dump(redact_values(yaml.safe_load(dump(config))), sort_keys=False)
+    (folder / CONFIG).write_text(told, encoding="utf-8")
+    (folder / ABOUT).write_text(json.dumps(redact_values(dict(about)), indent=1), encoding="utf-8")
+
+
+def write_critic(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Weights by name, whole and in host memory."""
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / CRITIC)
 
 
 def read(folder: Path) -> Evidence:

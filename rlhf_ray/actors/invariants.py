@@ -41,7 +41,9 @@ def of_experience(metrics: Mapping[str, float], update: int, config: PPOConfig) 
     broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         breaches.append(f"not finite: {', '.join(broken)}")
-    kl = metrics["objective/kl_per_token"]
+    # The one that is used, where it is not the sampled tokens' own: it can be wrong while that is right.
+    full = metrics.get("objective/kl_full", 0.0) / metrics["tokens/response_length"]
+    kl = max(metrics["objective/kl_per_token"], full, key=abs)
     if update == 0 and not abs(kl) <= bounds.kl:
         breaches.append(
             f"before anything is learned, policy and reference differ by {kl:.3g} nats a token (at most "

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from torch import distributed
+from safetensors import SafetensorError
+from torch import Tensor, distributed
 
 from rlhf_ray.actors import evidence, invariants, objective
 from rlhf_ray.actors import experience as experiences
@@ -188,8 +189,7 @@ class Learner:
         try:
             metrics = self._learn(attempt)
         except TrainingError as error:
-            place = self._keep_evidence(attempt, str(error))
-            raise TrainingError(f"{error}. To look at it on one process: rlhf-ray replay {place}") from None
+            raise TrainingError(f"{error}. {self._keep_evidence(attempt, str(error))}") from None
         assert attempt.experience is not None
         metrics |= {
             "lr/policy": self.policy.get_lr()[0],
@@ -230,33 +230,41 @@ class Learner:
             raise TrainingError(f"update {attempt.update}: {'; '.join(found.breaches)}")
         attempt.warnings += found.breaches
 
-    def _keep_evidence(self, attempt: "Attempt", what: str) -> Path:
-        """Writes the batch and the weights as they are. A collective; rank 0 writes."""
+    def _keep_evidence(self, attempt: "Attempt", what: str) -> str:
+        """Writes the batch and the weights as they are; says where. A collective; rank 0 writes.
+
+        A disk that is full must not hide what went wrong, nor leave other ranks waiting.
+        """
         place = self.evidence / f"update_{attempt.update:06d}"
+        policy = self._whole(self.policy, self.policy.module.model)
+        critic = self._whole(self.critic, self.critic.module) if self.critic else {}
+        said = [f"To look at it on one process: rlhf-ray replay {place}"]
         if self.rank == 0:
             about = {"error": what, "update": attempt.update, "kl_coefficient": attempt.coefficient}
-            evidence.write(place, self.config, attempt.batch, attempt.experience, about)
-        self.save(str(place / evidence.POLICY))
-        if self.critic:
-            weights = {
-                name: weight.cpu().clone() if self.rank == 0 else None
-                for name, weight in zero.whole_weights(self.critic, self.critic.module.named_parameters())
-            }
-            if self.rank == 0:
-                from safetensors.torch import save_file
-
-                save_file({name: w for name, w in weights.items() if w is not None}, place / evidence.CRITIC)
-        return place
+            try:
+                evidence.write(place, self.config, attempt.batch, attempt.experience, about)
+                self._write_policy(place / evidence.POLICY, policy)
+                if critic:
+                    evidence.write_critic(place, critic)
+            except (OSError, SafetensorError) as error:
+                said = [f"The batch could not be kept in '{place}': {error}"]
+        # Any rank may be the one that is heard, and none may be gone while another still writes.
+        distributed.broadcast_object_list(said, src=0, device=self.device)
+        return said[0]
 
     def save(self, folder: str) -> None:
         """Writes the policy, adapters added, as a Hugging Face folder. A collective; rank 0 writes."""
-        weights = {
-            name: weight.cpu().clone() if self.rank == 0 else None
-            for name, weight in lora.merged(self.policy, self.policy.module.model)
-        }
+        weights = self._whole(self.policy, self.policy.module.model)
         if self.rank == 0:
-            tokens = load.tokenizer(self.config.policy, "policy", self.config.trust_remote_code)
-            load.save(self.policy.module.model, tokens, Path(folder), weights)
+            self._write_policy(Path(folder), weights)
+
+    def _write_policy(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        tokens = load.tokenizer(self.config.policy, "policy", self.config.trust_remote_code)
+        load.save(self.policy.module.model, tokens, folder, weights)
+
+    def _whole(self, engine: Any, model: torch.nn.Module) -> dict[str, Any]:
+        """Weights by name, adapters added, in host memory of rank 0; none elsewhere. A collective."""
+        return {name: weight.cpu().clone() if self.rank == 0 else None for name, weight in lora.merged(engine, model)}
 
     def _critic_body(self) -> torch.nn.Module:
         config = self.config
@@ -311,7 +319,8 @@ class Learner:
     def _minibatches(self, size: int, update: int) -> Iterator[tuple[int, np.ndarray]]:
         for epoch in range(self.config.ppo.epochs):
             order = np.random.default_rng([self.config.seed, update, epoch]).permutation(size)
-            for rows in np.array_split(order, self.config.ppo.minibatches):
+            # Where fewer answers are kept than there are minibatches, there are as many as answers.
+            for rows in np.array_split(order, min(self.config.ppo.minibatches, size)):
                 yield epoch, rows
 
     def _step(
@@ -355,7 +364,9 @@ class Learner:
             tally.norms["critic/grad_norm"] = zero.step(self.critic, f"critic, {where}")
 
     def _micro_batches(self, trajectories: Trajectories, rows: np.ndarray) -> list[MicroBatch]:
-        """This rank's passes over `rows`. Sharded gradients or parameters need equally many on every rank."""
+        """This rank's passes over `rows`, at least one: DeepSpeed reduces nothing on a rank that computed nothing.
+
+        Sharded gradients or parameters need equally many on every rank."""
         budget = self.config.learner.tokens_per_micro_batch
         lengths = (trajectories.prompt_lengths + trajectories.responses.lengths)[rows]
         passes = []
@@ -363,10 +374,8 @@ class Learner:
             packs = micro_batches(lengths[part], budget) if len(part) else []
             passes.append([[int(rows[part[place]]) for place in pack] for pack in packs])
         mine = [MicroBatch(pack, real=True) for pack in passes[self.rank]]
-        if not self._lockstep:
-            return mine
-        missing = max(len(other) for other in passes) - len(mine)
-        return mine + [MicroBatch([int(rows[0])], real=False)] * missing
+        wanted = max(len(other) for other in passes) if self._lockstep else 1
+        return mine + [MicroBatch([int(rows[0])], real=False)] * (wanted - len(mine))
 
     @property
     def _lockstep(self) -> bool:

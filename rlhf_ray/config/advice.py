@@ -4,7 +4,7 @@ Combinations that can only be mistakes are refused by the models themselves.
 """
 
 from rlhf_ray.config.common import StageConfig
-from rlhf_ray.config.ppo import PPOConfig, Uncorrected
+from rlhf_ray.config.ppo import FixedController, PPOConfig, Uncorrected
 
 KL_DOUBTS = {
     ("k2", "reward"): "k2 in the reward does not have the gradient of the KL; k1 has",
@@ -29,7 +29,7 @@ def advice(config: StageConfig) -> list[str]:
 
 def _ppo_advice(config: PPOConfig) -> list[str]:
     kl, found = config.ppo.kl, []
-    if kl.coefficient > 0:
+    if kl.coefficient > 0 or not isinstance(kl.controller, FixedController):
         doubt = KL_DOUBTS.get((kl.estimator, kl.placement))
         found += [f"ppo.kl: {doubt} (docs/kl.md)"] if doubt else []
     if isinstance(config.ppo.correction, Uncorrected):

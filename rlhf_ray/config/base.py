@@ -107,6 +107,10 @@ def _all_keys(root: type[BaseModel]) -> list[str]:
 
 def _nearest(key: str, root: type[BaseModel]) -> str:
     """The known name most like `key`: one of its own section if any is close, else one that ends alike anywhere."""
+    section = key.rpartition(".")[0]
+    owners = [option for option in choices(root).get(section, []) if key.rpartition(".")[2] in option.model_fields]
+    if owners:
+        return f"; {', '.join(_names(owners))} has it: give the name as well"
     paths = [name.split(".") for name in _all_keys(root)]
     known = list(dict.fromkeys(".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)))
     parent, _, last = key.rpartition(".")

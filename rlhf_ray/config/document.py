@@ -49,7 +49,7 @@ def _stage(stage: type[StageConfig]) -> str:
 
 def _choice(key: str, options: list[type[BaseModel]]) -> list[str]:
     """The sections that may stand at `key`, each with the keys that it then has."""
-    one_of = "one of these, by its name alone or as a section" if len(options) > 1 else "none, or this section"
+    one_of = "one of these, by its name alone or as a section" if len(options) > 1 else "null, or this section"
     lines = [f"`{key}` is {one_of}:", "", "| name | keys and defaults | meaning |", "|---|---|---|"]
     for option in options:
         keys = {name: field for name, field in option.model_fields.items() if name != "name"}
@@ -77,7 +77,7 @@ def _default(stage: type[BaseModel], key: str) -> str:
 
 
 def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value).replace("null", "none")
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _field_default(field: FieldInfo) -> Any:
@@ -94,7 +94,7 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         inner = [part for extra in arguments[1:] for part in getattr(extra, "metadata", [])]
         return _type(arguments[0], inner)
     if origin in (Union, UnionType):
-        return " or ".join("none" if part is type(None) else _type(part, metadata) for part in arguments)
+        return " or ".join("null" if part is type(None) else _type(part, metadata) for part in arguments)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:

@@ -1,13 +1,14 @@
 """From a YAML file and `dotted.key=value` overrides to one validated, frozen configuration."""
 
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from rlhf_ray.config.base import readable
+from rlhf_ray.config.base import choices, readable
 from rlhf_ray.config.common import StageConfig
 from rlhf_ray.errors import ConfigError
 
@@ -36,7 +37,7 @@ def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) ->
     """Reads `path`, applies `overrides` in order, validates. Raises ConfigError with one line for each fault."""
     tree = _read(Path(path))
     for override in overrides or []:
-        _apply(tree, override)
+        _apply(tree, override, choices(kind))
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -62,7 +63,8 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, chosen: Container[str]) -> None:
+    """Sets one key. At the places `chosen`, a section may stand as its name alone."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{override}': expected dotted.key=value")
@@ -71,9 +73,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': the value is not YAML; quote it") from None
     *sections, last = key.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         if tree.get(section) is None:  # a section that is absent, or a heading with nothing under it
             tree[section] = {}
+        elif isinstance(tree[section], str) and ".".join(sections[:depth]) in chosen:
+            tree[section] = {"name": tree[section]}
         nested = tree[section]
         if not isinstance(nested, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")

@@ -100,6 +100,8 @@ class KLConfig(Config):
             raise ValueError("k1 as a loss has gradient zero in expectation: use placement: reward, or k2 or full")
         if self.placement == "both" and self.estimator != "full":
             raise ValueError(f"placement both belongs to estimator full, but estimator is {self.estimator}")
+        if isinstance(self.controller, AdaptiveController) and self.coefficient == 0:
+            raise ValueError("controller adaptive multiplies the coefficient, which is 0 and would stay so")
         if self.top_k and self.estimator != "full":
             raise ValueError(f"top_k belongs to estimator full, but estimator is {self.estimator}")
         return self
@@ -426,6 +428,7 @@ class PPOConfig(StageConfig):
         if self.device == "gpu":
             for role in ROLES:
                 has_model = role != "reward" or self.reward.model is not None
+                has_model = has_model and not (role == "reference" and self.shares_reference)
                 if has_model and getattr(self.roles, role).gpus == 0:
                     raise ValueError(f"device is gpu, but roles.{role}.gpus is 0")
         cpu_backends, gpu_backends = ("shm", "gloo"), ("ipc", "nccl")

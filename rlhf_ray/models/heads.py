@@ -51,7 +51,8 @@ class TokenLogprobs(nn.Module):
     def logprobs_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """[R, k] log-probabilities of tokens `ids` [R, k], float32, without gradients."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        pieces = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK), strict=True)
+        pieces = list(zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK), strict=True))
+        pieces += [(hidden[:0], ids[:0])] * (self.head_calls - len(pieces))
         logits = ((head(rows).float() / self.temperature, chosen) for rows, chosen in pieces)
         return torch.cat([table.log_softmax(-1).gather(-1, chosen) for table, chosen in logits])
 

@@ -145,9 +145,9 @@ def frozen_head(model: "PreTrainedModel") -> "Head":
     from torch.nn import functional
 
     head: Any = model.get_output_embeddings()
-    with _whole(head.weight):
+    with _whole(*head.parameters()):
         weight = head.weight.detach().clone()
-    bias = head.bias.detach().clone() if head.bias is not None else None
+        bias = head.bias.detach().clone() if head.bias is not None else None
     return lambda hidden: functional.linear(hidden, weight, bias)
 
 
@@ -166,13 +166,13 @@ def save(model: Any, tokens: "PreTrainedTokenizerBase", folder: Path, state: dic
     tokens.save_pretrained(folder)
 
 
-def _whole(weight: Any) -> AbstractContextManager:
-    """Within it, a weight that ZeRO-3 sharded while loading is whole, and what rank 0 writes is everybody's."""
-    if not hasattr(weight, "ds_id"):
+def _whole(*weights: Any) -> AbstractContextManager:
+    """Within it, weights that ZeRO-3 sharded while loading are whole, and what rank 0 writes is everybody's."""
+    if not hasattr(weights[0], "ds_id"):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0)
 
 
 @cache

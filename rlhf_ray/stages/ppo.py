@@ -103,7 +103,7 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, t
         with clock.phase("publish"):
             published = roles.publish(update + 1)
         kl = learned.metrics.get("objective/kl_full", learned.metrics["objective/kl"])
-        controller.update(kl, rollouts.answers)
+        controller.update(kl, rollouts.trained)
         with clock.phase("checkpoint"):
             last = update + 1 == ppo.updates
             if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
@@ -126,6 +126,8 @@ class Rollouts:
     chunks: list["Chunk"]
     answers: int
     """How many must be in the chunks."""
+    trained: int
+    """How many of them are trained on."""
     kept: np.ndarray | None = None
     """Numbers of the prompts to train on; none: all."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -139,7 +141,7 @@ def roll_out(config: PPOConfig, inputs: Inputs, roles: "Roles", order: SampleOrd
     wanted, algorithm = config.rollout.prompts_per_update, config.ppo.algorithm
     if not isinstance(algorithm, DAPO):
         return _answers(config, inputs, roles, order, clock, wanted)
-    found = Rollouts([], 0)
+    found = Rollouts([], 0, 0)
     kept = np.empty(0, np.int64)
     refills = -1
     while len(kept) < wanted and refills < algorithm.max_refills:
@@ -155,7 +157,7 @@ def roll_out(config: PPOConfig, inputs: Inputs, roles: "Roles", order: SampleOrd
             f"all answers to each of {asked} prompts are paid alike: nothing to learn from. Sample more answers a "
             "prompt (rollout.samples_per_prompt) or give a reward that tells them apart"
         )
-    found.kept = kept
+    found.kept, found.trained = kept, len(kept) * config.rollout.samples_per_prompt
     found.metrics = {"rollout/prompts_dropped": float(asked - len(kept)), "rollout/refills": float(refills)}
     return found
 
@@ -171,7 +173,7 @@ def _answers(
         chunks = roles.generate(ids, (first + np.arange(len(chosen), dtype=np.int64)) * samples)
     with clock.phase("score"):
         roles.wait_scored(chunks)
-    return Rollouts(chunks, len(chosen) * samples)
+    return Rollouts(chunks, len(chosen) * samples, len(chosen) * samples)
 
 
 def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL | BudgetKL:

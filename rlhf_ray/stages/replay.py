@@ -16,8 +16,10 @@ from torch import Tensor
 from rlhf_ray.actors import experience, objective
 from rlhf_ray.actors.evidence import CRITIC, POLICY, Evidence, read
 from rlhf_ray.actors.objective import Rows
+from rlhf_ray.actors.reference import form_of
 from rlhf_ray.actors.scoring import packs_of
 from rlhf_ray.algorithms.logprobs import TokenStatistics
+from rlhf_ray.config.ppo import Coupled
 from rlhf_ray.models import load
 from rlhf_ray.models.device import torch_device
 from rlhf_ray.models.heads import TokenLogprobs, Values
@@ -37,7 +39,7 @@ def replay(folder: Path) -> str:
         "",
         *_table(["column", "finite", "mean", "smallest", "largest"], [_summary(*pair) for pair in columns.items()]),
         "",
-        *_differences(columns),
+        *_differences(evidence, columns),
         "",
         *_worst(evidence, columns),
     ]
@@ -73,9 +75,9 @@ def _read_again(evidence: Evidence) -> tuple[TokenStatistics, Tensor | None]:
     device = torch_device(config.device)
     model = load.causal_lm(str(evidence.folder / POLICY), config.device, config.trust_remote_code)
     policy = TokenLogprobs(model, config.rollout.temperature).eval()
-    # The reference is the model that the run began with.
-    original = load.causal_lm(config.policy, config.device, config.trust_remote_code)
-    head = load.frozen_head(original) if config.ppo.kl.estimator == "full" and not config.ppo.kl.top_k else None
+    head = None
+    if form_of(config.ppo.kl) == "hidden":  # the reference is the model that the run began with
+        head = load.frozen_head(load.causal_lm(config.policy, config.device, config.trust_remote_code))
     critic = _critic(evidence) if (evidence.folder / CRITIC).exists() else None
     parts: list[tuple[Tensor, ...]] = []
     places = []
@@ -110,14 +112,12 @@ def _summary(name: str, column: Tensor) -> list[str]:
     return [name, f"{len(finite)} of {len(column)}", *shown]
 
 
-def _differences(columns: dict[str, Tensor]) -> Iterator[str]:
+def _differences(evidence: Evidence, columns: dict[str, Tensor]) -> Iterator[str]:
     """How far what the kept policy says is from what others said of the same tokens."""
     now = columns["policy logprobs"]
-    pairs = {
-        "the run's own before the update": "noted old logprobs",
-        "the sampler": "sampler logprobs",
-        "the reference": "reference logprobs",
-    }
+    pairs = {"the sampler": "sampler logprobs", "the reference": "reference logprobs"}
+    if not isinstance(evidence.config.ppo.correction, Coupled):  # there the old ones are the sampler's
+        pairs = {"the run's own before the update": "noted old logprobs", **pairs}
     for said, name in pairs.items():
         if name in columns:
             apart = (now - columns[name]).abs()

@@ -10,8 +10,12 @@ import pytest
 import torch
 from learner_ranks import ANSWERS, BETA, Ranks, config
 
+from rlhf_ray.actors.invariants import Found, of_experience, of_first_minibatch
 from rlhf_ray.actors.reference import Reference
+from rlhf_ray.config.ppo import RewardSource
 from rlhf_ray.errors import DataError
+from rlhf_ray.models import load
+from rlhf_ray.models.heads import HEAD_CHUNK, TokenLogprobs
 from rlhf_ray.records import Finish, ReferenceColumns
 from rlhf_ray.stages.replay import replay
 
@@ -228,6 +232,28 @@ def test_a_learner_without_its_adapters_is_the_reference(
             assert itself[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (1, 3), (2, 1), (2, 2)])
+def test_fewer_answers_than_ranks_and_minibatches_are_trained_all_the_same(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, ranks: int, stage: int
+) -> None:
+    """One prompt with two answers is kept: three minibatches become two, of one answer, on one or two ranks."""
+    chosen = config(policy, ranks, stage, rollout={"samples_per_prompt": 2}, minibatches=3, missing_eos_penalty=None)
+    update = (one if ranks == 1 else two).update(chosen, columns, kept=np.array([1]))
+    assert update.metrics["tokens/trained"] == 1 + 14
+    assert all(math.isfinite(value) for value in update.metrics.values())
+    assert update.metrics["critic/grad_norm"] > 0
+
+
+def test_ranks_call_a_sharded_head_equally_often_for_the_likeliest_tokens_too(policy: str) -> None:
+    calls = []
+    model = TokenLogprobs(load.causal_lm(policy, "cpu"), 1.0)
+    model.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model.keep_in_step(5 * HEAD_CHUNK)
+    found = model.logprobs_at(torch.randn(3, 64), torch.zeros(3, 2, dtype=torch.long))
+    assert found.shape == (3, 2)
+    assert len(calls) == 5
+
+
 # Invariants
 
 
@@ -251,6 +277,68 @@ def test_a_breach_stops_before_any_step_and_what_broke_it_can_be_replayed(
     line = next(line for line in said.splitlines() if "the run's own before the update" in line)
     assert float(line.split("largest ")[1].split()[0]) < 1e-5
     assert "worst tokens" in said
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTERS])
+def test_the_critic_is_kept_as_it_was(one: Ranks, policy: str, columns: tuple, tmp_path: Path, lora: Any) -> None:
+    with pytest.raises(Exception, match="rlhf-ray replay"):
+        one.update(config(policy, on_breach="stop", lora=lora), columns, tmp_path)
+    said = replay(tmp_path / "update_000000")
+    values = next(line for line in said.splitlines() if "critic's values" in line)
+    assert values.split()[-3:] == ["0", "0", "0"]  # its head begins at zero
+
+
+def test_evidence_that_cannot_be_written_does_not_hide_what_went_wrong(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match="policy and reference differ") as caught:
+        two.update(config(policy, 2, 3, on_breach="stop"), columns, tmp_path / "file")
+    assert "The batch could not be kept in" in str(caught.value)
+
+
+def test_secrets_do_not_reach_the_evidence(one: Ranks, policy: str, columns: tuple, tmp_path: Path) -> None:
+    told = config(policy, on_breach="stop")
+    told = told.model_copy(update={"reward": RewardSource(url="http://user:hunter22@127.0.0.1/score")})
+    with pytest.raises(Exception, match="rlhf-ray replay"):
+        one.update(told, columns, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter22" in path.read_bytes()] == []
+    assert "7 answers" in replay(tmp_path / "update_000000")
+
+
+def test_a_full_kl_that_is_not_zero_at_the_start_is_a_breach_though_that_of_the_tokens_is_zero(policy: str) -> None:
+    metrics = {
+        "objective/kl_per_token": 0.0,
+        "objective/kl_full": 500.0,
+        "tokens/response_length": 10.0,
+        "rollout/logprob_gap_mean": 0.0,
+        "rollout/logprob_gap_max": 0.0,
+    }
+    [said] = of_experience(metrics, 0, config(policy)).breaches
+    assert "policy and reference differ by 50 nats a token" in said
+    assert of_experience(metrics, 1, config(policy)) == Found()
+
+
+@pytest.mark.parametrize(("gap", "warned", "stopped"), [(5e-4, 0, 0), (5e-3, 1, 0), (5e-2, 0, 1), (math.nan, 0, 2)])
+def test_engine_and_learner_far_apart_are_warned_of_and_then_stopped(
+    policy: str, gap: float, warned: int, stopped: int
+) -> None:
+    metrics = {
+        "objective/kl_per_token": 0.0,
+        "tokens/response_length": 10.0,
+        "rollout/logprob_gap_mean": gap,
+        "rollout/logprob_gap_max": 1.0,
+    }
+    found = of_experience(metrics, 3, config(policy))
+    assert (len(found.warnings), len(found.breaches)) == (warned, stopped)
+
+
+@pytest.mark.parametrize(("deviation", "breaches"), [(0.0, 0), (1e-2, 1), (math.nan, 1), (math.inf, 1)])
+def test_a_first_ratio_that_is_not_one_is_a_breach_unless_it_is_to_the_engine(
+    policy: str, deviation: float, breaches: int
+) -> None:
+    assert len(of_first_minibatch(deviation, config(policy)).breaches) == breaches
+    assert of_first_minibatch(deviation, config(policy, correction="coupled")) == Found()
 
 
 def test_a_breach_only_warns_when_asked_to(one: Ranks, policy: str, columns: tuple) -> None:

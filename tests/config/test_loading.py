@@ -231,6 +231,27 @@ def test_a_choice_is_a_name_or_a_section_and_has_a_default(ppo_yaml: Path) -> No
     assert load(PPOConfig, ppo_yaml, ["ppo.algorithm.clip_ratio=0.3"]).ppo.algorithm.clip_ratio == (0.3, 0.3)
 
 
+def test_an_override_reaches_into_a_section_that_stands_as_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(PPO + "rollout: {samples_per_prompt: 4}\nppo: {algorithm: grpo, correction: mask}\n")
+    config = load(PPOConfig, path, ["ppo.algorithm.clip_ratio=0.3", "ppo.correction.low=0.1"])
+    assert (config.ppo.algorithm.name, config.ppo.algorithm.clip_ratio) == ("grpo", (0.3, 0.3))
+    assert (config.ppo.correction.name, config.ppo.correction.low) == ("mask", 0.1)
+    assert "'policy' is a value, not a section" in refusal(path, "policy.name=x")
+
+
+def test_a_key_of_another_choice_says_whose_it_is(ppo_yaml: Path) -> None:
+    message = refusal(ppo_yaml, "ppo.algorithm.max_refills=2")
+    assert "unknown key 'ppo.algorithm.max_refills'; dapo has it: give the name as well" in message
+
+
+def test_a_gpu_for_a_reference_without_an_actor_is_not_asked_for(ppo_yaml: Path) -> None:
+    gpus = [f"roles.{role}.gpus=1" for role in ("rollout", "reward", "learner")]
+    shared = "learner.lora.share_reference=true"
+    assert load(PPOConfig, ppo_yaml, ["device=gpu", shared, *gpus]).shares_reference
+    assert "roles.reference.gpus is 0" in refusal(ppo_yaml, "device=gpu", *gpus)
+
+
 def test_a_choice_that_is_none_and_a_key_of_another_are_refused(ppo_yaml: Path) -> None:
     assert "'ppo.algorithm': there is no 'grop'; expected one of 'ppo', 'grpo'" in refusal(
         ppo_yaml, "ppo.algorithm=grop"
@@ -249,6 +270,7 @@ def test_a_choice_that_is_none_and_a_key_of_another_are_refused(ppo_yaml: Path) 
         ("ppo.algorithm={name: reinforce_pp, baseline: true}", "reinforce_pp compares answers to the same prompt"),
         ("ppo.kl={estimator: k1, placement: loss}", "k1 as a loss has gradient zero"),
         ("ppo.kl={estimator: k2, placement: both}", "placement both belongs to estimator full"),
+        ("ppo.kl={coefficient: 0, controller: adaptive}", "controller adaptive multiplies the coefficient, which is 0"),
         ("ppo.kl={estimator: k3, top_k: 20}", "top_k belongs to estimator full, but estimator is k3"),
         ("ppo.algorithm.clip_ratio=[1.5, 0.2]", "'ppo.algorithm.clip_ratio.0'"),
         ("ppo.correction={name: mask, low: 2}", "'ppo.correction.low'"),
