@@ -6,6 +6,7 @@ Nothing is downloaded. A size that was read off a name says so, and one that can
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,6 +45,20 @@ def model_size(name: str) -> ModelSize:
         return ModelSize(counted[0], "config.json", counted[1], kv_values)
     named = _read_off(name)
     return ModelSize(named, "name" if named else "unknown", 0, kv_values)
+
+
+def adapter_parameters(name: str, rank: int, targets: Sequence[str]) -> int | None:
+    """Of adapters on linear layers whose names end in `targets`, or on all of them; None: shapes are not at hand."""
+    folder = _folder(name)
+    shapes = _shapes(folder) if folder else {}
+    linear = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if len(shape) == 2}
+    chosen = [
+        shape
+        for key, shape in linear.items()
+        if not any(part in key for part in ("embed", "lm_head", "score", "wte", "wpe"))
+        and (targets == "all-linear" or any(f".{key}".endswith(f".{target}") for target in targets))
+    ]
+    return rank * sum(map(sum, chosen)) if chosen else None
 
 
 def _folder(name: str) -> Path | None:

@@ -11,10 +11,10 @@ from itertools import groupby
 from math import ceil
 
 from rlhf_ray.config.advice import advice
-from rlhf_ray.config.common import StageConfig, ZeroConfig
+from rlhf_ray.config.common import LoraConfig, StageConfig, ZeroConfig
 from rlhf_ray.config.layout import groups, needs, workers
 from rlhf_ray.config.load import dump
-from rlhf_ray.config.model_size import ModelSize, model_size
+from rlhf_ray.config.model_size import ModelSize, adapter_parameters, model_size
 from rlhf_ray.config.ppo import ROLES, PPOConfig
 from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SupervisedConfig
 
@@ -73,9 +73,13 @@ class Memory:
     kv_cache_tokens: int | None = None
 
     @property
+    def is_trained(self) -> bool:
+        return self.role in ("learner", "worker")
+
+    @property
     def on_device(self) -> int | None:
         """Bytes on the worker's GPUs (in its process, without GPUs); None: the model's size is unknown."""
-        if self.weights is None:
+        if self.weights is None or (self.is_trained and self.gradients is None):
             return None
         optimizer = 0 if self.optimizer_on_host else self.optimizer or 0
         return self.weights + (self.gradients or 0) + optimizer + (self.kv_cache or 0)
@@ -201,16 +205,27 @@ def _learner(config: PPOConfig) -> list[Memory]:
     body = config.reward.model or config.policy
     size = model_size(body)
     critic = ModelSize(size.parameters - size.head, size.source) if size.parameters else size
-    policy = _trained("learner", "policy", config.policy, model_size(config.policy), zero, ranks, config)
+    lora = config.learner.lora
+    policy = _trained("learner", "policy", config.policy, model_size(config.policy), zero, ranks, config, lora)
     if not config.ppo.algorithm.needs_critic:
         return [policy]
-    return [policy, _trained("learner", "critic", body, critic, zero, ranks, config)]
+    return [policy, _trained("learner", "critic", body, critic, zero, ranks, config, lora)]
 
 
 def _trained(
-    role: str, part: str, model: str, size: ModelSize, zero: ZeroConfig, ranks: int, config: StageConfig
+    role: str,
+    part: str,
+    model: str,
+    size: ModelSize,
+    zero: ZeroConfig,
+    ranks: int,
+    config: StageConfig,
+    lora: LoraConfig | None = None,
 ) -> Memory:
-    """One rank's share under ZeRO (Rajbhandari et al. 2020, section 5): each stage divides one more thing by ranks."""
+    """One rank's share under ZeRO (Rajbhandari et al. 2020, section 5): each stage divides one more thing by ranks.
+
+    With adapters only those have gradients and optimiser state."""
+    trained = adapter_parameters(model, lora.rank, lora.targets) if lora else size.parameters
     # DeepSpeed keeps an fp32 master copy beside Adam's two moments, except for fp32 weights that it does not shard.
     has_master = _width(config) == 2 or zero.stage >= 1
     return Memory(
@@ -219,8 +234,8 @@ def _trained(
         model,
         size,
         weights=_times(size.parameters, _width(config), ranks if zero.stage >= 3 else 1),
-        gradients=_times(size.parameters, _width(config), ranks if zero.stage >= 2 else 1),
-        optimizer=_times(size.parameters, _optimizer_width(zero, has_master), ranks if zero.stage >= 1 else 1),
+        gradients=_times(trained, _width(config), ranks if zero.stage >= 2 else 1),
+        optimizer=_times(trained, _optimizer_width(zero, has_master), ranks if zero.stage >= 1 else 1),
         optimizer_on_host=zero.offload_optimizer and config.device == "gpu",
     )
 
@@ -383,7 +398,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
     rows = []
     for part in plan.memory:
         about = "~" if part.size.source == "name" else ""
-        trained = part.gradients is not None
+        trained = part.is_trained
         tokens = f"{part.kv_cache_tokens:,}" if part.kv_cache_tokens is not None else "unknown"
         rows.append(
             [

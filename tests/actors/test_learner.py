@@ -214,9 +214,10 @@ def test_adapters_alone_train_and_whoever_loads_the_policy_gets_them_added(
     assert all(np.array_equal(saved[name], weights[name]) for name in start)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("kl", [{}, {"estimator": "full", "placement": "both"}, {"estimator": "full", "top_k": 5}])
 def test_a_learner_without_its_adapters_is_the_reference(
-    one: Ranks, two: Ranks, policy: str, columns: tuple, kl: dict[str, Any]
+    one: Ranks, two: Ranks, policy: str, columns: tuple, kl: dict[str, Any], stage: int
 ) -> None:
     """What it says of itself is what an actor with the same weights says."""
     sent = as_sent(columns, kl, policy)
@@ -224,7 +225,7 @@ def test_a_learner_without_its_adapters_is_the_reference(
         reference = Reference(policy, 0.7, 64, "sampled", "cpu", False).score(sent[0])
         sent = (sent[0], reference, sent[2])
     apart, _ = one.run(config(policy, lora=ADAPTERS, kl=kl), sent)
-    shared = config(policy, 2, 1, 24, lora={**ADAPTERS, "share_reference": True}, kl=kl)
+    shared = config(policy, 2, stage, 24, lora={**ADAPTERS, "share_reference": True}, kl=kl)
     itself, _ = two.run(shared, (sent[0], sent[2]))
     assert itself["objective/kl"] == pytest.approx(0, abs=1e-5)
     for name, value in apart.items():

@@ -172,3 +172,35 @@ def test_the_8b_run_fills_one_node_of_eight() -> None:
     found = plan(load(PPOConfig, path))
     assert found.gpus == 8
     assert {node for bundles in found.bundles for node in bundles.nodes} == {1}
+
+
+def test_adapters_alone_have_gradients_and_optimizer_state(tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    shapes = {
+        "model.embed_tokens.weight": (10, 4),
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.mlp.up_proj.weight": (8, 4),
+        "model.norm.weight": (4,),
+        "lm_head.weight": (10, 4),
+    }
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def learner(**lora: Any) -> tuple[int | None, int | None, int | None]:
+        zero = {"stage": 0}
+        return bytes_of(ppo(str(tmp_path), ppo={"algorithm": "reinforce_pp"}, learner={"lora": lora, "zero": zero}))[
+            ("learner", "policy")
+        ]
+
+    # Rank 2 on q_proj: 2 * (4 + 4) numbers of 4 bytes, and Adam's two moments of each; up_proj adds 2 * (8 + 4).
+    assert learner(rank=2, targets=["q_proj"])[1:] == (64, 128)
+    assert learner(rank=2)[1:] == (160, 320)
+
+
+def test_adapters_on_a_model_that_is_not_here_leave_their_bytes_unknown() -> None:
+    config = ppo("org/llama-8b", learner={"lora": {"rank": 2}})
+    learner = next(part for part in plan(config).memory if part.part == "policy" and part.role == "learner")
+    assert learner.weights is not None and learner.gradients is None and learner.on_device is None
+    assert "unknown" in render(plan(config))
