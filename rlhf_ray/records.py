@@ -9,6 +9,7 @@ Arrays that come out of Ray's object store are read-only: copy before writing.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,9 +46,20 @@ class Ragged:
     @classmethod
     def of(cls, rows: Iterable[Sequence | NDArray], dtype: type) -> "Ragged":
         arrays: list[NDArray] = [np.asarray(row, dtype=dtype) for row in rows]
-        offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
-        np.cumsum([len(array) for array in arrays], out=offsets[1:])
-        return cls(np.concatenate(arrays) if arrays else np.empty(0, dtype), offsets)
+        values = np.concatenate(arrays) if arrays else np.empty(0, dtype)
+        return cls.with_lengths(values, np.array([len(array) for array in arrays], np.int32))
+
+    @classmethod
+    def with_lengths(cls, values: NDArray, lengths: NDArray) -> "Ragged":
+        """values [N], lengths [B]."""
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(values, offsets)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On the wire, lengths in the smallest type stand for the offsets: a byte or two instead of four."""
+        longest = int(self.lengths.max(initial=0))
+        return Ragged.with_lengths, (self.values, self.lengths.astype(np.min_scalar_type(longest)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

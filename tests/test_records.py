@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +29,18 @@ def test_ragged_rows_come_back_as_they_went_in(content: list[list[int]]) -> None
     ragged = Ragged.of(content, np.int32)
     assert [ragged[row].tolist() for row in range(len(ragged))] == content
     assert ragged.lengths.tolist() == [len(row) for row in content]
+
+
+@given(rows)
+def test_a_ragged_array_comes_through_a_pickle_as_it_was(content: list[list[int]]) -> None:
+    ragged = Ragged.of([*content, [1] * 300], np.uint16)
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(ragged, protocol=5, buffer_callback=buffers.append)
+    again = pickle.loads(head, buffers=buffers)
+    assert np.array_equal(again.values, ragged.values) and again.values.dtype == np.uint16
+    assert np.array_equal(again.offsets, ragged.offsets) and again.offsets.dtype == np.int32
+    # The values, and two bytes for each length, as one of them needs two.
+    assert sum(buffer.raw().nbytes for buffer in buffers) == 2 * len(ragged.values) + 2 * len(ragged)
 
 
 def test_a_sequence_is_the_prompt_and_then_the_answer() -> None:
