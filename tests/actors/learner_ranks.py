@@ -54,7 +54,8 @@ class Ranks:
         from rlhf_ray.runtime.environment import torch_environment
 
         ray.cloudpickle.register_pickle_by_value(sys.modules[Host.__module__])  # tests are not on the workers' path
-        kind = ray.remote(Host).options(num_cpus=1, runtime_env={"env_vars": torch_environment(1)})
+        # Of no CPU by Ray's count: they stay until the last test, and engines want theirs.
+        kind = ray.remote(Host).options(num_cpus=0, runtime_env={"env_vars": torch_environment(1)})
         self.hosts = [kind.remote() for _ in range(world)]
         self.world, self.elsewhere = world, elsewhere
         opened = [host.open.remote(config(policy, world), rank) for rank, host in enumerate(self.hosts)]
