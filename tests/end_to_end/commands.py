@@ -91,7 +91,7 @@ class Running:
                 start_new_session=True,
             )
 
-    def wait_until(self, condition: Callable[[], Any], within_s: float = 90) -> Any:
+    def wait_until(self, condition: Callable[[], Any], within_s: float = 240) -> Any:
         """What `condition` gives, once it is true. Fails when the command ends before."""
         deadline = time.monotonic() + within_s
         while not (found := condition()):
