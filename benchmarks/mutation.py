@@ -65,21 +65,26 @@ EQUIVALENT = {
     "reference: Reference | None=None  ->  "
     "hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, temperature: float, chunk: int, calls: int=0, "
     "reference: Reference | None=None": "no tokens are one chunk, so head is called once at least",
-    "logprobs.chunked: zip(*(column.split(chunk) for column in columns), strict=True)  ->  "
+    "logprobs.in_chunks: zip(*(column.split(chunk) for column in columns), strict=True)  ->  "
     "zip(*(column.split(chunk) for column in columns))": "columns of different lengths have been refused before",
-    "logprobs.chunked: torch.is_grad_enabled() and len(pieces) > 1  ->  len(pieces) > 1": (
+    "logprobs.in_chunks: torch.is_grad_enabled() and len(pieces) > 1  ->  len(pieces) > 1": (
         "without gradients a checkpoint is a plain call"
     ),
-    "logprobs.chunked: checkpoint(measure, *piece, use_reentrant=False, preserve_rng_state=False)  ->  "
+    "logprobs.in_chunks: checkpoint(measure, *piece, use_reentrant=False, preserve_rng_state=False)  ->  "
     "checkpoint(measure, *piece, use_reentrant=False)": "head is deterministic: random states only cost time",
-    "logprobs.chunked: zip(*measured, strict=True)  ->  zip(*measured)": "every chunk has the same measures",
+    "logprobs.in_chunks: zip(*measured, strict=True)  ->  zip(*measured)": "every chunk has the same measures",
     "policy_loss.clipped: bounded.detach()  ->  bounded": NO_GRADIENT,
     "policy_loss.clipped: log_ratio.detach()  ->  log_ratio  (number 2)": NO_GRADIENT,
     "preference_loss.ipo: h - 0.5 / beta  ->  0.5 / beta - h": SQUARED,
     "preference_loss.brier: probabilities - labels  ->  labels - probabilities": SQUARED,
-    "preference_loss.expected_calibration_error: confidence - agreement  ->  agreement - confidence": (
-        "a gap counts the same from either side"
+    "preference_loss.expected_calibration_error: found.confidence - found.agreement  ->  "
+    "found.agreement - found.confidence": "a gap counts the same from either side",
+    "q_learning.td_target: offsets[1:]  ->  offsets[0:]": "before the first answer is the last token, an end as well",
+    "q_learning.td_loss: q - target.detach()  ->  target.detach() - q": SQUARED,
+    "q_learning.expectile_loss: tau - (gap < 0).to(gap.dtype)  ->  (gap < 0).to(gap.dtype) - tau": (
+        "an absolute value counts the same from either side"
     ),
+    "q_learning.expectile_loss: gap < 0  ->  gap <= 0": "where there is no gap, there is neither loss nor gradient",
     "statistics.sequence_sums: torch.repeat_interleave(lengths, output_size=len(x))  ->  "
     "torch.repeat_interleave(lengths)": "the size is known, telling it spares an accelerator a wait",
     "value_loss.clipped: values - returns  ->  returns - values": SQUARED,

@@ -7,7 +7,6 @@ without waiting for torch, Ray or vLLM.
 import json
 import sys
 from enum import StrEnum
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -43,7 +42,12 @@ class Stage(StrEnum):
     sft = "sft"
     reward = "reward"
     dpo = "dpo"
+    ilql = "ilql"
     ppo = "ppo"
+    critique = "critique"
+    judge = "judge"
+    evaluate = "evaluate"
+    world = "world"
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", show_default=False)]
@@ -81,9 +85,65 @@ def dpo(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False
 
 
 @app.command()
+def ilql(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Learn values of next tokens from answers with rewards, offline, and a policy that they steer."""
+    _run(Stage.ilql, config, overrides, dry_run, address)
+
+
+@app.command()
 def ppo(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
     """Raise a policy's reward by PPO, kept near its reference."""
     _run(Stage.ppo, config, overrides, dry_run, address)
+
+
+@app.command()
+def critique(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Let a model criticise and revise its answers by a constitution; rows for sft."""
+    _run(Stage.critique, config, overrides, dry_run, address)
+
+
+@app.command()
+def judge(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Let a model compare answers by a constitution; preferences for reward and dpo."""
+    _run(Stage.judge, config, overrides, dry_run, address)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Examine a policy: given answers, its own, and duels with another."""
+    _run(Stage.evaluate, config, overrides, dry_run, address)
+
+
+@app.command()
+def world(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Make the demo's world for feedback from a model: data, constitution, base model."""
+    _run(Stage.world, config, overrides, dry_run, address)
+
+
+@app.command()
+def pipeline(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    address: Annotated[
+        str | None,
+        typer.Option(help="http://HOST:8265: each stage a job on that cluster. Else as for a stage."),
+    ] = None,
+    again: Annotated[list[str] | None, typer.Option(help="A stage to run anew though it is finished.")] = None,
+    until: Annotated[str, typer.Option(help="The last stage to run.", show_default=False)] = "",
+) -> None:
+    """Run several stages, each on what others left; finished ones are skipped."""
+    from rlhf_ray.config.pipeline import load_pipeline
+
+    loaded, nodes = load_pipeline(config, overrides)
+    if dry_run:
+        for node in nodes:
+            print(f"{node.name}: {node.command}" + (f", after {', '.join(node.after)}" if node.after else ""))
+        return
+    sys.path.append(str(Path.cwd()))
+    from rlhf_ray.stages.pipeline import run
+
+    print(json.dumps(run(loaded, nodes, address, again or (), until), indent=2))
 
 
 @app.command()
@@ -161,8 +221,9 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
         return
     # A reward function may lie in the current directory, where Ray's workers look for modules as well.
     sys.path.append(str(Path.cwd()))
-    # `run(config, address) -> summary` in rlhf_ray/stages/{sft,reward,dpo,ppo}.py
-    summary = import_module(f"rlhf_ray.stages.{stage}").run(config, address)
+    from rlhf_ray.stages import runner_of
+
+    summary = runner_of(stage)(config, address)
     print(json.dumps(summary, indent=2, default=str))
 
 
@@ -177,16 +238,9 @@ def _check_outlives_the_job(config: Any, path: Path) -> None:
 
 def _load(stage: Stage, path: Path, overrides: list[str] | None) -> Any:
     from rlhf_ray.config.load import load
-    from rlhf_ray.config.ppo import PPOConfig
-    from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SFTConfig
+    from rlhf_ray.config.stages import config_of
 
-    kinds: dict[Stage, Any] = {
-        Stage.sft: SFTConfig,
-        Stage.reward: RewardConfig,
-        Stage.dpo: DPOConfig,
-        Stage.ppo: PPOConfig,
-    }
-    return load(kinds[stage], path, overrides)
+    return load(config_of(stage), path, overrides)
 
 
 def _stage_of(config: Path) -> Stage:

@@ -36,6 +36,10 @@ class RewardError(RLHFError):
     """A reward could not be had: a function raised, a server failed, a value was not finite."""
 
 
+class JudgeError(RLHFError):
+    """A judge gives too few preferences to go on with, or none at all."""
+
+
 class GenerationError(RLHFError):
     """A rollout engine failed while it generated, or cannot serve what it was asked."""
 

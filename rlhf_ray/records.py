@@ -100,6 +100,22 @@ class Trajectories:
     top_ids: NDArray
     """[N, k] ids of the k likeliest tokens at each place, by the sampler; k is 0 where nobody asks for them."""
 
+    @classmethod
+    def given(cls, prompts: Sequence[Sequence | NDArray], answers: Sequence[Sequence | NDArray]) -> "Trajectories":
+        """Answers [B] that no engine sampled, each with its prompt [B]: to be scored, not trained on."""
+        responses = Ragged.of(answers, np.int32)
+        rows, tokens = len(responses), len(responses.values)
+        return cls(
+            prompts=Ragged.of(prompts, np.int32),
+            prompt_of=np.arange(rows, dtype=np.int32),
+            responses=responses,
+            sampler_logprobs=np.full(tokens, np.nan, np.float32),
+            finish=np.full(rows, Finish.EOS, np.uint8),
+            sample_ids=np.arange(rows, dtype=np.int64),
+            weight_version=np.zeros(rows, np.int32),
+            top_ids=no_columns(tokens),
+        )
+
     def __len__(self) -> int:
         return len(self.responses)
 

@@ -49,7 +49,7 @@ def _check_rlhf_ray(arguments: list[str]) -> None:
     if arguments[0] == "submit":
         place = arguments[1]
         arguments = [Path(place).parent.name, place]
-    if arguments[0] in ("sft", "reward", "dpo", "ppo"):
+    if arguments[0] in ("sft", "reward", "dpo", "ilql", "ppo"):
         arguments = [*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])]
     else:
         arguments = [arguments[0], "--help"]

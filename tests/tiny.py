@@ -30,14 +30,14 @@ def tokenizer():
     return made
 
 
-def _config(tied: bool):
+def _config(tied: bool, layers: int = 2):
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
@@ -59,13 +59,22 @@ def write_policy(folder: Path, seed: int = 0, tied: bool = False) -> str:
     return str(folder)
 
 
-def write_reward_model(folder: Path, seed: int = 1, outputs: int = 1) -> str:
+def write_reward_model(folder: Path, seed: int = 1, outputs: int = 1, layers: int = 2) -> str:
     import torch
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(seed)
-    config = _config(tied=False)
+    config = _config(tied=False, layers=layers)
     config.num_labels = outputs
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write_judge(folder: Path, seed: int = 2) -> str:
+    """A policy whose tokenizer knows the letters and brackets of (A) and (B), each of which is three tokens."""
+    write_policy(folder, seed)
+    with_letters = tokenizer()
+    with_letters.add_tokens(["(", ")", "A", "B"])
+    with_letters.save_pretrained(folder)
     return str(folder)

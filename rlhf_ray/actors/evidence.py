@@ -49,7 +49,7 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     columns = _flat("trajectories", batch.trajectories) | _flat("reference", batch.reference)
-    columns["scores"] = batch.scores.numpy()
+    columns["scores"], columns["details"] = batch.scores.numpy(), batch.details.numpy()
     for name in COLUMNS:
         column = getattr(experience, name, None)
         if column is not None:
@@ -88,6 +88,7 @@ def read(folder: Path) -> Evidence:
         _deep(Trajectories, "trajectories", columns),
         _deep(ReferenceColumns, "reference", columns),
         torch.from_numpy(columns["scores"]),
+        torch.from_numpy(columns["details"]),
     )
     experience = {
         name: torch.from_numpy(columns[f"experience.{name}"]) for name in COLUMNS if f"experience.{name}" in columns

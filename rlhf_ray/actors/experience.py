@@ -29,28 +29,33 @@ class Batch:
     reference: ReferenceColumns
     scores: Tensor
     """[B]"""
+    details: Tensor
+    """[B, D] what the configuration's `reward.details` names."""
 
     @classmethod
     def gather(cls, chunks: Sequence[tuple[Trajectories, ReferenceColumns, np.ndarray]]) -> "Batch":
-        """Joins chunks of trajectories, what the reference says of them, and scores [b], in order of sample ids, so
-        that the order in which answers happened to finish changes nothing."""
+        """Joins chunks of trajectories, what the reference says of them, and scores [b] or, with details, [b, 1 + D].
+
+        In order of sample ids, so that the order in which answers happened to finish changes nothing."""
         for trajectories, reference, scores in chunks:
             if len(reference) != trajectories.tokens or len(scores) != len(trajectories):
                 raise RewardError(
                     f"a chunk of {len(trajectories)} answers and {trajectories.tokens} tokens came with {len(scores)} "
                     f"scores and {len(reference)} reference log-probabilities"
                 )
+        columns = torch.from_numpy(np.concatenate([scores.reshape(len(scores), -1) for _, _, scores in chunks]))
         whole = cls(
             Trajectories.concatenate([chunk for chunk, _, _ in chunks]),
             ReferenceColumns.concatenate([columns for _, columns, _ in chunks]),
-            torch.from_numpy(np.concatenate([scores for _, _, scores in chunks])),
+            columns[:, 0],
+            columns[:, 1:],
         )
         return whole.take(np.argsort(whole.trajectories.sample_ids, kind="stable"))
 
     def take(self, rows: np.ndarray) -> "Batch":
         """The answers `rows`, in that order."""
-        places = token_places(self.trajectories.responses.offsets, rows)
-        return Batch(self.trajectories.take(rows), self.reference.take(places), self.scores[torch.from_numpy(rows)])
+        places, at = token_places(self.trajectories.responses.offsets, rows), torch.from_numpy(rows)
+        return Batch(self.trajectories.take(rows), self.reference.take(places), self.scores[at], self.details[at])
 
     def check_complete(self, answers: int) -> None:
         """No sample lost, none twice: an engine that failed must not look like one that had nothing left to do."""
@@ -65,11 +70,6 @@ class Batch:
     def offsets(self) -> Tensor:
         """[B + 1] where each answer's tokens begin."""
         return torch.from_numpy(self.trajectories.responses.offsets.astype(np.int64))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[B] tokens of prompt and answer together."""
-        return self.trajectories.prompt_lengths + self.trajectories.responses.lengths
 
     def prompts(self, samples_per_prompt: int) -> Tensor:
         """[B] number of each answer's prompt in the run: answers to one prompt are a group."""
@@ -169,6 +169,7 @@ def build(
     metrics = {
         **_objective_metrics(batch, policy, reference, scores, sequence_kl, coefficient),
         **_rollout_metrics(batch, policy.logprobs, sampler, corrected),
+        **dict(zip(config.reward.details, batch.details.mean(0).tolist(), strict=True)),
         "objective/rlhf_reward": (scores - coefficient * statistics.sequence_sums(token_kl, offsets)).mean().item(),
     }
     if policy.kl is not None:

@@ -269,10 +269,9 @@ class Learner:
     def _critic_body(self) -> torch.nn.Module:
         config = self.config
         if self.critic_is_reward_model:
-            assert config.reward.model is not None
-            body = load.classifier(config.reward.model, config.device, config.trust_remote_code).base_model
+            body = load.classifier(config.critic_body, config.device, config.trust_remote_code).base_model
         else:
-            body = load.causal_lm(config.policy, config.device, config.trust_remote_code).base_model
+            body = load.causal_lm(config.critic_body, config.device, config.trust_remote_code).base_model
         self._adapt(body)
         return body
 

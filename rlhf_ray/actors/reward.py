@@ -1,4 +1,4 @@
-"""Where scores come from: a reward model, a Python function, or a server. A score is never made up.
+"""Where scores come from: reward models, Python functions, servers, by weights of their own. A score is never made up.
 
 Whatever goes wrong (an exception, a wrong number of values, a value that is not finite, a server that does not answer
 in time) is a RewardError that says what was asked and what came back.
@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from rlhf_ray.config.rewards import Combination, RewardPart, RewardSection, Uncertainty, Worst
 from rlhf_ray.errors import RewardError
 from rlhf_ray.records import Trajectories
 
@@ -24,24 +25,68 @@ ScoreText = Callable[[list[str], list[str]], Sequence[float]]
 
 
 class Reward(Protocol):
-    """A role that scores answers."""
+    """A source of scores."""
 
     def scores(self, trajectories: Trajectories) -> np.ndarray:
         """[B] float32, all finite."""
+        ...
+
+
+class Rewards:
+    """The role: all sources, one after the other."""
+
+    def __init__(
+        self, reward: RewardSection, tokens_per_pass: int, device: "Device", tokenizer: str, trust_remote_code: bool
+    ) -> None:
+        models = (tokens_per_pass, device, trust_remote_code)
+        texts = (tokenizer, trust_remote_code)
+        self.sources = [_source(source, models, texts) for source in reward.sources.values()]
+        self.weights = [source.weight for source in reward.sources.values()]
+        self.with_parts = bool(reward.parts)
+
+    def scores(self, trajectories: Trajectories) -> np.ndarray:
+        """[B, 1 + D] float32: the score, then the columns that `RewardSection.details` names."""
+        parts, disagreements = [], []
+        for source in self.sources:
+            if isinstance(source, RewardEnsemble):
+                scores, apart = source.scores(trajectories)
+                disagreements.append(apart)
+            else:
+                scores = source.scores(trajectories)
+            parts.append(scores)
+        whole = np.stack(parts, 1).astype(np.float64) @ self.weights
+        return np.stack([whole, *(parts if self.with_parts else []), *disagreements], 1).astype(np.float32)
+
+
+def _source(source: RewardPart, models: tuple[Any, ...], texts: tuple[Any, ...]) -> "Reward | RewardEnsemble":
+    if source.model is not None:
+        return RewardModel(source.model, *models)
+    if source.models is not None and source.disagrees:
+        return RewardEnsemble(source.models, source.combine, *models)
+    if source.models is not None:
+        return AveragedRewardModel(source.models, *models)
+    if source.function is not None:
+        return RewardFunction(source.function, source.deadline_s, *texts)
+    assert source.url is not None
+    return RewardServer(source.url, source.deadline_s, *texts)
 
 
 class RewardModel:
     """A sequence classifier read at the last real token, normalised by the mean and deviation kept with it."""
 
     def __init__(self, path: str, tokens_per_pass: int, device: "Device", trust_remote_code: bool) -> None:
-        from rlhf_ray.models import heads, load
+        from rlhf_ray.models import load
+
+        model = load.classifier(path, device, trust_remote_code)
+        self.path = path
+        self._read(model, *load.score_normalisation(model.config), tokens_per_pass, device)
+
+    def _read(self, model: Any, mean: float, sd: float, tokens_per_pass: int, device: "Device") -> None:
+        from rlhf_ray.models import heads
         from rlhf_ray.models.device import torch_device
 
-        self.path = path
+        self.mean, self.sd, self.tokens_per_pass = mean, sd, tokens_per_pass
         self.device = torch_device(device)
-        self.tokens_per_pass = tokens_per_pass
-        model = load.classifier(path, device, trust_remote_code)
-        self.mean, self.sd = load.score_normalisation(model.config)
         self.model = heads.Scores(model).eval()
         self.model.requires_grad_(False)
 
@@ -55,6 +100,48 @@ class RewardModel:
             for rows, packed in packs_of(trajectories, self.tokens_per_pass, self.device):
                 result[rows] = self.model(packed).cpu().numpy()
         return checked((result - self.mean) / self.sd, len(trajectories), f"reward.model {self.path}")
+
+
+class AveragedRewardModel(RewardModel):
+    """Members that became one model."""
+
+    def __init__(self, paths: Sequence[str], tokens_per_pass: int, device: "Device", trust_remote_code: bool) -> None:
+        from rlhf_ray.models.averaging import averaged_classifier
+
+        self.path = f"averaged of {', '.join(paths)}"
+        model, offset = averaged_classifier(paths, device, trust_remote_code)
+        self._read(model, offset, 1.0, tokens_per_pass, device)
+
+
+class RewardEnsemble:
+    """Members that each score every answer."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        combine: Combination,
+        tokens_per_pass: int,
+        device: "Device",
+        trust_remote_code: bool,
+    ) -> None:
+        self.members = [RewardModel(path, tokens_per_pass, device, trust_remote_code) for path in paths]
+        self.combine = combine
+
+    def scores(self, trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
+        """[B] scores, and [B] standard deviation over members. float32."""
+        import torch
+
+        from rlhf_ray.algorithms import ensembles
+
+        scores = torch.from_numpy(np.stack([member.scores(trajectories) for member in self.members]))
+        match self.combine:
+            case Worst():
+                combined = ensembles.worst(scores)
+            case Uncertainty(coefficient=coefficient):
+                combined = ensembles.uncertainty(scores, coefficient)
+            case _:
+                combined = ensembles.mean(scores)
+        return combined.numpy(), ensembles.disagreement(scores).numpy()
 
 
 class TextReward:

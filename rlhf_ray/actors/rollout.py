@@ -65,8 +65,8 @@ class RolloutSettings:
     """float32 or bfloat16."""
     tensor_parallel: int
     """GPUs of this engine; 1 on CPU."""
-    transfer_backend: str
-    """How weights come: shm, gloo, nccl or ipc."""
+    transfer_backend: str | None
+    """How weights come: shm, gloo, nccl or ipc; none: they never change."""
     eos_token_ids: tuple[int, ...]
     """Any of these ends an answer."""
     trust_remote_code: bool
@@ -134,21 +134,22 @@ class RolloutEngine:
         finally:
             self._engine.abort_request(names)  # of what nobody waits for any more; usually nothing
 
-    def logprobs(self, sequences: Ragged, prompt_lengths: Int32) -> Float32:
-        """[N] log-probabilities of the tokens after each prompt, at the sampling temperature, by the present weights.
+    def logprobs(self, sequences: Ragged, prompt_lengths: Int32, temperature: float | None = None) -> Float32:
+        """[N] log-probabilities of the tokens after each prompt by the present weights.
 
-        One forward pass over each of B sequences, past the prefix cache; for comparison with the learner.
+        At `temperature`, the one that is sampled at if none is given. One forward pass over each of B sequences, past
+        the prefix cache.
         """
         self._require_whole_weights()
         rows = [row for row in range(len(sequences)) if len(sequences[row]) > prompt_lengths[row]]
         found: dict[int, list[float]] = {}
-        self._engine.collective_rpc("scale_logits", args=(1 / self.settings.temperature,))
+        self._engine.collective_rpc("scale_logits", args=(1 / (temperature or self.settings.temperature),))
         try:
             for row in rows:
                 # The engine insists on sampling a token after the prompt: the last one is scored as that token, so that
                 # a sequence of full length fits.
                 *context, last = sequences[row].tolist()
-                self._add(str(row), context, self._scoring(last))
+                self._add(str(row), context, self._scoring([last], context_too=True))
             while self._engine.has_unfinished_requests():
                 for output in self._step():
                     row = int(output.request_id)
@@ -159,6 +160,35 @@ class RolloutEngine:
         if len(found) < len(rows):
             raise GenerationError(f"{self}: {len(rows) - len(found)} of {len(rows)} sequences were never scored")
         return np.array([value for row in rows for value in found[row]], dtype=np.float32)
+
+    def option_logprobs(self, contexts: Ragged, options: Ragged) -> Float32:
+        """[R, K] summed log-probabilities of each of K options (token sequences) after each of R contexts.
+
+        At temperature 1. Options of one token each take one forward pass a context, through the prefix cache.
+        """
+        if (options.lengths > 1).any():
+            rows = [(context, option) for context in range(len(contexts)) for option in range(len(options))]
+            sequences = [np.concatenate([contexts[context], options[option]]) for context, option in rows]
+            lengths = np.array([len(contexts[context]) for context, _ in rows], np.int32)
+            flat = self.logprobs(Ragged.of(sequences, np.int32), lengths, temperature=1.0)
+            parts = np.split(flat, np.cumsum([len(options[option]) for _, option in rows])[:-1])
+            return np.array([part.sum() for part in parts], np.float32).reshape(len(contexts), len(options))
+        self._require_whole_weights()
+        found = np.full((len(contexts), len(options)), np.nan, np.float32)
+        asked = options.values.tolist()
+        try:
+            for row in range(len(contexts)):
+                self._add(str(row), contexts[row], self._scoring(asked))
+            while self._engine.has_unfinished_requests():
+                for output in self._step():
+                    known = output.outputs[0].logprobs
+                    places = [known.token_ids.index(option) for option in asked]
+                    found[int(output.request_id)] = [known.logprobs[place] for place in places]
+        finally:
+            self._engine.abort_request([str(row) for row in range(len(contexts))])
+        if not np.isfinite(found).all():
+            raise GenerationError(f"{self}: {int(np.isnan(found).any(1).sum())} contexts were never scored")
+        return found
 
     def weight_version(self) -> int:
         return self._version
@@ -275,15 +305,16 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _scoring(self, last: int) -> Any:
+    def _scoring(self, options: list[int], context_too: bool = False) -> Any:
+        """Log-probabilities of `options` as the next token, and those of the context's own tokens if asked for."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             max_tokens=1,
             temperature=1.0,
-            prompt_logprobs=0,
-            logprob_token_ids=[last],
+            prompt_logprobs=0 if context_too else None,
+            logprob_token_ids=options,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -390,7 +421,9 @@ def _build(settings: RolloutSettings) -> Any:
         disable_log_stats=True,
         use_tqdm_on_load=False,
         worker_extension_cls=EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=settings.transfer_backend),
+        weight_transfer_config=WeightTransferConfig(backend=settings.transfer_backend)
+        if settings.transfer_backend
+        else None,
         **options,
     )
     try:

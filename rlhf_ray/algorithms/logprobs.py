@@ -58,34 +58,44 @@ def chunked(
 ) -> TokenStatistics:
     """`logprobs_and_entropy(head(hidden), ...)` and the KL to `reference`, at most `chunk` rows of logits at a time.
 
-    hidden [N, H], targets [N]; head maps [n, H] to [n, V]. Where gradients are wanted of more than one chunk, each
-    chunk's logits are computed again in the backward pass, so head is called twice as often; the reference's logits
-    are computed, and dropped, with them. Raises ValueError when the arguments' rows are not of the same tokens.
-
-    `calls`: head is called at least so often, with no rows in the end. Under ZeRO-3 a call gathers the head's weight
-    from all ranks, so ranks whose N differ must agree on a number (the largest ceil(N / chunk)), or they wait for each
-    other forever. For the same reason head is called once when N = 0. A reference's head is called as often as head.
-
-    The recomputation is not reentrant: a nested backward pass for each chunk would finish the head's gradient once a
-    chunk, which ZeRO 2 and 3 refuse (a parameter's gradient is reduced when it is first complete); this way, autograd
-    adds up the chunks, and a tied embedding, before anyone sees the gradient. head must be deterministic.
+    hidden [N, H], targets [N]; head maps [n, H] to [n, V]; `calls` as in `in_chunks`, of which head and a reference's
+    head are called by the same number. Raises ValueError when the arguments' rows are not of the same tokens.
     """
     columns = (hidden, targets, *(reference.columns if reference else ()))
     if len({len(column) for column in columns}) > 1:
         raise ValueError(f"columns of {[len(column) for column in columns]} tokens; each must have a row a token")
-    pieces = list(zip(*(column.split(chunk) for column in columns), strict=True))
-    pieces += [tuple(column[:0] for column in columns)] * (calls - len(pieces))
 
     def measure(rows: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         logp = log_softmax(head(rows), temperature)
         measured = _target_and_entropy(logp, labels)
         return (*measured, reference.kl(logp, temperature, *others)) if reference else measured
 
+    return TokenStatistics(*in_chunks(measure, columns, chunk, calls))
+
+
+def in_chunks(
+    measure: Callable[..., tuple[Tensor, ...]], columns: tuple[Tensor, ...], chunk: int, calls: int
+) -> tuple[Tensor, ...]:
+    """measure(*columns), each [N, ...], computed of at most `chunk` rows at a time. Columns [N, ...] of equal N.
+
+    Where gradients are wanted of more than one chunk, each is computed again in the backward pass, so measure is called
+    twice as often, and what it computes on the way is never kept of more than one.
+
+    `calls`: measure is called at least so often, with no rows in the end. Under ZeRO-3 a call gathers a head's weight
+    from all ranks, so ranks whose N differ must agree on a number (the largest ceil(N / chunk)), or they wait for each
+    other forever. For the same reason measure is called once when N = 0.
+
+    The recomputation is not reentrant: a nested backward pass for each chunk would finish the head's gradient once a
+    chunk, which ZeRO 2 and 3 refuse (a parameter's gradient is reduced when it is first complete); this way, autograd
+    adds up the chunks, and a tied embedding, before anyone sees the gradient. measure must be deterministic.
+    """
+    pieces = list(zip(*(column.split(chunk) for column in columns), strict=True))
+    pieces += [tuple(column[:0] for column in columns)] * (calls - len(pieces))
     if torch.is_grad_enabled() and len(pieces) > 1:
         measured = [checkpoint(measure, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     else:
         measured = [measure(*piece) for piece in pieces]
-    return TokenStatistics(*(torch.cat(parts) for parts in zip(*measured, strict=True)))
+    return tuple(torch.cat(parts) for parts in zip(*measured, strict=True))
 
 
 def _target_and_entropy(logp: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

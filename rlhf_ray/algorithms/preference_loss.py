@@ -9,6 +9,7 @@ else would be gamed by confidence alone.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,15 +99,49 @@ def brier(probabilities: Tensor, labels: Tensor) -> Tensor:
     return (probabilities - labels).square().mean()
 
 
+def length_controlled_accuracy(probabilities: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of two accuracies: where the better answer is the longer, and where it is the shorter. Scalar.
+
+    One half for whoever always prefers the longer answer, however often that is right. Pairs of equal length, or whose
+    label is one half, belong to neither side and are left out; NaN where a side has no pair. probabilities [P] and
+    labels [P] in [0, 1]; lengths [P, 2] in tokens, chosen before rejected.
+    """
+    side = (lengths[:, 0] - lengths[:, 1]).sign() * (labels - 0.5).sign()
+    longer, shorter = (accuracy(probabilities[side == sign], labels[side == sign]) for sign in (1, -1))
+    return (longer + shorter) / 2
+
+
+class Reliability(NamedTuple):
+    """Of pairs in bins of confidence. Means are NaN where a bin is empty."""
+
+    counts: Tensor
+    """[bins]"""
+    confidence: Tensor
+    """[bins] mean predicted probability of the side predicted."""
+    agreement: Tensor
+    """[bins] mean weight of the label on that side: the share of pairs in which it is the better one."""
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
+    """What the predictions of each confidence come to. probabilities [P] and labels [P] in [0, 1].
+
+    Confidence is the probability of the side predicted, binned in `bins` equal parts of [0.5, 1]; agreement is the
+    label's weight on that side, one half where no side is predicted.
+    """
+    lean = probabilities - 0.5
+    place = (lean.abs() * 2 * bins).long().clamp(max=bins - 1)
+    nothing = torch.zeros(bins, dtype=lean.dtype, device=lean.device)
+    counts = nothing.index_add(0, place, torch.ones_like(lean))
+    confidence = nothing.index_add(0, place, 0.5 + lean.abs())
+    agreement = nothing.index_add(0, place, 0.5 + lean.sign() * (labels - 0.5))
+    return Reliability(counts, confidence / counts, agreement / counts)
+
+
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> Tensor:
     """sum_b n_b / P |mean confidence - mean agreement|, a scalar (Guo et al. 2017, eq. 3).
 
-    probabilities [P] and labels [P] in [0, 1]. Confidence is the probability of the side predicted, binned in `bins`
-    equal parts of [0.5, 1]; agreement is the label's weight on that side, one half where no side is predicted.
+    probabilities [P] and labels [P] in [0, 1], in the bins of `reliability`.
     """
-    lean = probabilities - 0.5
-    confidence = 0.5 + lean.abs()
-    agreement = 0.5 + lean.sign() * (labels - 0.5)
-    place = (lean.abs() * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=lean.dtype, device=lean.device).index_add(0, place, confidence - agreement)
-    return gaps.abs().sum() / len(probabilities)
+    found = reliability(probabilities, labels, bins)
+    gaps = (found.confidence - found.agreement).abs().nan_to_num(0)
+    return (found.counts * gaps).sum() / len(probabilities)

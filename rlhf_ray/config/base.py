@@ -1,7 +1,7 @@
 """The one base class of all configuration: frozen, typed, and closed to keys it does not know."""
 
 import difflib
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -74,8 +74,21 @@ def choices(model: type[BaseModel], prefix: str = "") -> dict[str, list[type[Bas
     return found
 
 
+def mappings(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Dotted name -> section, wherever several of it stand under names that the person gives."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in model.model_fields.items():
+        if get_origin(field.annotation) is dict:
+            found[prefix + name] = get_args(field.annotation)[1]
+        for option in sections(field.annotation)[:1]:
+            found.update(mappings(option, f"{prefix}{name}."))
+    return found
+
+
 def sections(annotation: Any) -> list[type[BaseModel]]:
     """The Config classes inside `annotation`: none for a leaf, several where one is chosen by its `name`."""
+    if get_origin(annotation) is dict:
+        return []
     options = [annotation, *getattr(annotation, "__args__", ())]
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
@@ -99,10 +112,15 @@ def _names(options: list[type[BaseModel]]) -> list[str]:
     return [option.model_fields["name"].default for option in options if "name" in option.model_fields]
 
 
-def _all_keys(root: type[BaseModel]) -> list[str]:
-    """Every leaf, those of all choices included."""
+def _all_keys(root: type[BaseModel], like: str) -> list[str]:
+    """Every leaf, those of all choices included, and those of the section that `like` names where names are free."""
     chosen = choices(root)
-    return [*leaves(root), *(key for name in chosen for option in chosen[name] for key in leaves(option, f"{name}."))]
+    keys = [*leaves(root), *(key for name in chosen for option in chosen[name] for key in leaves(option, f"{name}."))]
+    for name, section in mappings(root).items():
+        if like.startswith(f"{name}."):
+            own = like.removeprefix(f"{name}.").partition(".")[0]
+            keys += leaves(section, f"{name}.{own}.")
+    return keys
 
 
 def _nearest(key: str, root: type[BaseModel]) -> str:
@@ -111,7 +129,7 @@ def _nearest(key: str, root: type[BaseModel]) -> str:
     owners = [option for option in choices(root).get(section, []) if key.rpartition(".")[2] in option.model_fields]
     if owners:
         return f"; {', '.join(_names(owners))} has it: give the name as well"
-    paths = [name.split(".") for name in _all_keys(root)]
+    paths = [name.split(".") for name in _all_keys(root, key)]
     known = list(dict.fromkeys(".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)))
     parent, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]

@@ -8,6 +8,8 @@ from rlhf_ray.config.base import Config
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""What a person calls one of several things; part of the names of metrics."""
 
 
 class DataConfig(Config):
@@ -21,6 +23,64 @@ class DataConfig(Config):
     """Longest row in tokens, prompt and completion together (for PPO: the prompt). Longer rows are quarantined."""
     max_bad_share: Share = 0.01
     """Refuse to start when a larger share of rows than this is quarantined."""
+
+    @property
+    def parts(self) -> dict[str, "DataConfig"]:
+        """As of `MixedDataConfig`: the one source, which needs no name."""
+        return {"": self}
+
+
+class SourceConfig(Config):
+    """One of several sources of rows."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """As `data.path`."""
+    split: str = "train"
+    """As `data.split`."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of an epoch's rows, relative to the other sources' weights; none, for all of them: every row counts."""
+
+
+class MixedDataConfig(Config):
+    """Rows of one path, or of several sources in given shares; docs/reward-models.md."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    """A file, a folder that `datasets` reads, or the name of a data set on the hub."""
+    split: str = "train"
+    """Which split of a Hugging Face data set."""
+    sources: dict[Name, SourceConfig] = {}
+    """In place of `path`: several sources by name, such as `{people: {path: p.jsonl}, ai: {path: a.jsonl}}`."""
+    max_tokens: Positive = 1024
+    """Longest row in tokens, prompt and completion together. Longer rows are quarantined."""
+    max_bad_share: Share = 0.01
+    """Refuse to start when a larger share of a source's rows than this is quarantined."""
+
+    @model_validator(mode="after")
+    def path_or_sources(self) -> "MixedDataConfig":
+        if (self.path is None) == (not self.sources):
+            raise ValueError(f"give exactly one of data.path and data.sources; {'both' if self.path else 'none'} given")
+        if "all" in self.sources:
+            raise ValueError("data.sources: 'all' stands for all of them in tables; give that source another name")
+        without = [name for name, source in self.sources.items() if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(f"data.sources: {', '.join(without)} has no weight; give one to every source or to none")
+        return self
+
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """By name of the source, each as a data set of its own; the one source that `path` is has no name."""
+        of_path = {"": (self.path, self.split)} if self.path is not None else {}
+        of_sources = {name: (source.path, source.split) for name, source in self.sources.items()}
+        return {
+            name: DataConfig(path=path, split=split, max_tokens=self.max_tokens, max_bad_share=self.max_bad_share)
+            for name, (path, split) in (of_path | of_sources).items()
+        }
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """By name of the source; none: every row counts alike."""
+        weights = {name: source.weight for name, source in self.sources.items() if source.weight is not None}
+        return weights or None
 
 
 class OptimizerConfig(Config):

@@ -13,14 +13,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlhf_ray.config.base import choices, leaves
+from rlhf_ray.config.base import choices, leaves, mappings, sections
 from rlhf_ray.config.common import StageConfig
-from rlhf_ray.config.ppo import PPOConfig
-from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SFTConfig
+from rlhf_ray.config.stages import config_of, known
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
-STAGES: tuple[type[StageConfig], ...] = (SFTConfig, RewardConfig, DPOConfig, PPOConfig)
+STAGES: tuple[type[StageConfig], ...] = tuple(config_of(stage) for stage in known())
 
 _HEAD = ["| key | type | default | meaning |", "|---|---|---|---|"]
 
@@ -44,7 +43,8 @@ def _stage(stage: type[StageConfig]) -> str:
     title = (stage.__doc__ or "").partition(":")[0].rstrip(".")
     rows = [_row(key, field, _default(stage, key)) for key, field in leaves(stage).items()]
     others = [text for key, options in choices(stage).items() for text in _choice(key, options)]
-    return "\n".join([f"## {title}", "", *_HEAD, *rows, "", *others])
+    named = [text for key, section in mappings(stage).items() for text in _mapping(key, section)]
+    return "\n".join([f"## {title}", "", *_HEAD, *rows, "", *others, *named])
 
 
 def _choice(key: str, options: list[type[BaseModel]]) -> list[str]:
@@ -53,10 +53,19 @@ def _choice(key: str, options: list[type[BaseModel]]) -> list[str]:
     lines = [f"`{key}` is {one_of}:", "", "| name | keys and defaults | meaning |", "|---|---|---|"]
     for option in options:
         keys = {name: field for name, field in option.model_fields.items() if name != "name"}
-        shown = ", ".join(f"`{name}: {_written(field.default)}`" for name, field in keys.items())
+        shown = ", ".join(
+            f"`{name}` (required)" if field.is_required() else f"`{name}: {_written(field.default)}`"
+            for name, field in keys.items()
+        )
         name = f"`{option.model_fields['name'].default}`" if "name" in option.model_fields else ""
         lines.append(f"| {name} | {shown} | {' '.join((option.__doc__ or '').split())} |")
     return [*lines, ""]
+
+
+def _mapping(key: str, section: type[BaseModel]) -> list[str]:
+    """The sections that stand at `key` under names of the person's own."""
+    rows = [_row(name, field, _default(section, name)) for name, field in leaves(section).items()]
+    return [f"`{key}` holds sections under names of your choice, each with these keys:", "", *_HEAD, *rows, ""]
 
 
 def _row(key: str, field: FieldInfo, default: str) -> str:
@@ -77,15 +86,16 @@ def _default(stage: type[BaseModel], key: str) -> str:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        section = value.model_dump(mode="json")
+        value = section["name"] if section.keys() == {"name"} else section
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _field_default(field: FieldInfo) -> Any:
-    """The default, or for a section that must be given, its class."""
-    annotation = field.annotation
-    if field.is_required() and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return field.default
+    """The default, or for a section that must be given, its class, the first of a choice."""
+    options = sections(field.annotation)
+    return options[0] if field.is_required() and options else field.default
 
 
 def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -101,6 +111,8 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return "number or pair of numbers"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
+    if origin is dict:
+        return "sections by name"
     if origin is list:
         return "list" if get_origin(arguments[0]) is not list else "list of lists"
     names = {int: "integer", float: "number", bool: "true or false", str: "text"}

@@ -9,7 +9,7 @@ from rlhf_ray.config.ppo import ROLES, PPOConfig, Role
 class Group:
     """Roles that share machines. Worker i of each role sits in bundle i; a bundle never spans machines."""
 
-    roles: tuple[Role, ...]
+    roles: tuple[str, ...]
     bundles: tuple[dict[str, float], ...]
     """Ray resources of each bundle, the sum of its workers' needs."""
 
@@ -20,11 +20,11 @@ class Group:
 
 def needs(config: PPOConfig, role: Role) -> dict[str, float]:
     """Ray resources of one worker of `role`. A reward that is not a model takes no GPU."""
-    gpus = 0.0 if role == "reward" and config.reward.model is None else getattr(config.roles, role).gpus
+    gpus = 0.0 if role == "reward" and not config.reward.members else getattr(config.roles, role).gpus
     return {"CPU": config.roles.cpus, "GPU": gpus} if gpus else {"CPU": config.roles.cpus}
 
 
-def workers(config: PPOConfig, role: Role) -> int:
+def workers(config: PPOConfig, role: str) -> int:
     """None of a reference that the learner is itself."""
     if role == "reference" and config.shares_reference:
         return 0

@@ -1,18 +1,18 @@
 """From a YAML file and `dotted.key=value` overrides to one validated, frozen configuration."""
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from rlhf_ray.config.base import choices, readable
+from rlhf_ray.config.base import Config, choices, readable
 from rlhf_ray.config.common import StageConfig
 from rlhf_ray.errors import ConfigError
 
-C = TypeVar("C", bound=StageConfig)
+C = TypeVar("C", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,13 +35,18 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|Tru
 
 def load(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
     """Reads `path`, applies `overrides` in order, validates. Raises ConfigError with one line for each fault."""
-    tree = _read(Path(path))
+    tree = read(path)
     for override in overrides or []:
-        _apply(tree, override, choices(kind))
+        apply(tree, override, choices(kind))
+    return validated(kind, tree, str(path))
+
+
+def validated(kind: type[C], tree: Mapping[str, Any], where: str) -> C:
+    """Raises ConfigError with one line for each fault, each beginning with `where`."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise readable(error, kind, str(path)) from None
+        raise readable(error, kind, where) from None
 
 
 def dump(config: StageConfig) -> str:
@@ -49,7 +54,9 @@ def dump(config: StageConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
+    """The file's keys and values. Raises ConfigError."""
+    path = Path(path)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -63,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str, chosen: Container[str]) -> None:
+def apply(tree: dict[str, Any], override: str, chosen: Container[str]) -> None:
     """Sets one key. At the places `chosen`, a section may stand as its name alone."""
     key, equals, text = override.partition("=")
     if not equals or not key:

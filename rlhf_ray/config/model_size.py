@@ -47,11 +47,15 @@ def model_size(name: str) -> ModelSize:
     return ModelSize(named, "name" if named else "unknown", 0, kv_values)
 
 
+def weight_shapes(name: str) -> dict[str, list[int]]:
+    """Name -> shape of every weight, from the files' headers alone; nothing where no file is at hand."""
+    folder = _folder(name)
+    return _shapes(folder) if folder else {}
+
+
 def adapter_parameters(name: str, rank: int, targets: Sequence[str]) -> int | None:
     """Of adapters on linear layers whose names end in `targets`, or on all of them; None: shapes are not at hand."""
-    folder = _folder(name)
-    shapes = _shapes(folder) if folder else {}
-    linear = {key.removesuffix(".weight"): shape for key, shape in shapes.items() if len(shape) == 2}
+    linear = {key.removesuffix(".weight"): shape for key, shape in weight_shapes(name).items() if len(shape) == 2}
     chosen = [
         shape
         for key, shape in linear.items()
@@ -59,6 +63,18 @@ def adapter_parameters(name: str, rank: int, targets: Sequence[str]) -> int | No
         and (targets == "all-linear" or any(f".{key}".endswith(f".{target}") for target in targets))
     ]
     return rank * sum(map(sum, chosen)) if chosen else None
+
+
+def q_head_parameters(name: str) -> tuple[int, int] | None:
+    """Of V, Q1 and Q2 on it, and of Q1 and Q2 alone, see `models/q_heads.py`; None: no config.json is at hand."""
+    folder = _folder(name)
+    config = _config(folder / "config.json") if folder else {}
+    hidden, vocabulary = config.get("hidden_size"), config.get("vocab_size")
+    if not isinstance(hidden, int) or not isinstance(vocabulary, int):
+        return None
+    inner = (hidden + 1) * 2 * hidden
+    both = 2 * (inner + (2 * hidden + 1) * vocabulary)
+    return both + inner + 2 * hidden + 1, both
 
 
 def _folder(name: str) -> Path | None:

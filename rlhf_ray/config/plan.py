@@ -6,15 +6,17 @@ context come on top, so a GPU that this plan fills to the brim is too small.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import ceil
 
 from rlhf_ray.config.advice import advice
 from rlhf_ray.config.common import LoraConfig, StageConfig, ZeroConfig
+from rlhf_ray.config.feedback import GuidedConfig
+from rlhf_ray.config.ilql import ILQLConfig
 from rlhf_ray.config.layout import groups, needs, workers
 from rlhf_ray.config.load import dump
-from rlhf_ray.config.model_size import ModelSize, adapter_parameters, model_size
+from rlhf_ray.config.model_size import ModelSize, adapter_parameters, model_size, q_head_parameters
 from rlhf_ray.config.ppo import ROLES, PPOConfig
 from rlhf_ray.config.supervised import DPOConfig, RewardConfig, SupervisedConfig
 
@@ -61,7 +63,7 @@ class Memory:
 
     role: str
     part: str
-    """Which of the role's models; only the learner has two, policy and critic."""
+    """Which of the role's models: the learner has policy and critic, the reward may have several."""
     model: str
     size: ModelSize
     weights: int | None
@@ -106,7 +108,8 @@ class Plan:
     config: StageConfig
     actors: tuple[Actors, ...]
     bundles: tuple[Bundles, ...]
-    batch: Batch
+    batch: Batch | None
+    """None: nothing is trained."""
     memory: tuple[Memory, ...]
 
     @property
@@ -122,6 +125,8 @@ def plan(config: StageConfig) -> Plan:
     """The plan of any stage. Raises ModelError when a local model folder is damaged."""
     if isinstance(config, PPOConfig):
         return _plan_ppo(config)
+    if isinstance(config, GuidedConfig):
+        return _plan_guided(config)
     assert isinstance(config, SupervisedConfig)
     return _plan_supervised(config)
 
@@ -133,18 +138,28 @@ def _plan_ppo(config: PPOConfig) -> Plan:
         for role in ROLES
         if workers(config, role)
     )
-    reference = [] if config.shares_reference else [_frozen(config, "reference", config.policy)]
-    memory = (_rollout(config), *reference, *_reward(config), *_learner(config))
+    reference = [] if config.shares_reference else [_frozen(config, "reference", config.policy, "reference")]
+    rollout = _served(config, "rollout", "policy", config.policy, config.rollout.kv_cache_gib)
+    memory = (rollout, *reference, *_reward(config), *_learner(config))
     return Plan(config, actors, _bundles(_ppo_bundles(config), actors, memory), _ppo_batch(config), memory)
 
 
 def _plan_supervised(config: SupervisedConfig) -> Plan:
     ranks, cpus, gpus = config.workers.ranks, config.workers.cpus, config.workers.gpus
     size = model_size(config.model)
-    memory = (_trained("worker", "model", config.model, size, config.training.zero, ranks, config),)
+    memory = [_trained("worker", "model", config.model, size, config.training.zero, ranks, config)]
+    if isinstance(config, ILQLConfig):
+        memory.append(_q_heads(config))
     actors = (Actors("worker", ranks, cpus, gpus),)
     bundles = _bundles([(("worker",), ranks, cpus, gpus)], actors, memory)
-    return Plan(config, actors, bundles, _supervised_batch(config), memory)
+    return Plan(config, actors, bundles, _supervised_batch(config), tuple(memory))
+
+
+def _plan_guided(config: GuidedConfig) -> Plan:
+    actors = tuple(Actors(name, each.engines, each.cpus, each.gpus) for name, each in config.engines.items())
+    memory = tuple(_served(config, name, name, each.model, each.kv_cache_gib) for name, each in config.engines.items())
+    held: list[Held] = [((actor.role,), actor.count, actor.cpus, actor.gpus) for actor in actors]
+    return Plan(config, actors, _bundles(held, actors, memory), None, memory)
 
 
 # Batch arithmetic
@@ -182,27 +197,34 @@ def _micro_batches(sequences: int, longest: int, budget: int) -> int:
 # Bytes
 
 
-def _rollout(config: PPOConfig) -> Memory:
-    size = model_size(config.policy)
-    kv_cache = round(config.rollout.kv_cache_gib * GIB)
+def _served(config: StageConfig, role: str, part: str, model: str, kv_cache_gib: float) -> Memory:
+    """One engine's."""
+    size = model_size(model)
+    kv_cache = round(kv_cache_gib * GIB)
     values = size.kv_values_per_token
     tokens = kv_cache // (values * _width(config)) if values else None
     weights = _times(size.parameters, _width(config))
-    return Memory("rollout", "policy", config.policy, size, weights, kv_cache=kv_cache, kv_cache_tokens=tokens)
+    return Memory(role, part, model, size, weights, kv_cache=kv_cache, kv_cache_tokens=tokens)
 
 
 def _reward(config: PPOConfig) -> list[Memory]:
-    return [_frozen(config, "reward", config.reward.model)] if config.reward.model else []
+    """Every model of every source; members whose weights are averaged are one."""
+    found = []
+    for place, source in config.reward.sources.items():
+        name = place.rpartition(".")[2]
+        parts = [f"{name} {number + 1}" for number in range(len(source.members))] if source.disagrees else [name]
+        found += [_frozen(config, "reward", model, part) for model, part in zip(source.members, parts, strict=False)]
+    return found
 
 
-def _frozen(config: PPOConfig, role: str, model: str) -> Memory:
+def _frozen(config: PPOConfig, role: str, model: str, part: str) -> Memory:
     size = model_size(model)
-    return Memory(role, role, model, size, _times(size.parameters, _width(config)))
+    return Memory(role, part, model, size, _times(size.parameters, _width(config)))
 
 
 def _learner(config: PPOConfig) -> list[Memory]:
     zero, ranks = config.learner.zero, config.roles.learner.ranks
-    body = config.reward.model or config.policy
+    body = config.critic_body
     size = model_size(body)
     critic = ModelSize(size.parameters - size.head, size.source) if size.parameters else size
     lora = config.learner.lora
@@ -210,6 +232,14 @@ def _learner(config: PPOConfig) -> list[Memory]:
     if not config.ppo.algorithm.needs_critic:
         return [policy]
     return [policy, _trained("learner", "critic", body, critic, zero, ranks, config, lora)]
+
+
+def _q_heads(config: ILQLConfig) -> Memory:
+    """V, Q1 and Q2, and the targets of both Q: fp32 and whole on every rank."""
+    parameters, followed = q_head_parameters(config.model) or (None, None)
+    size = ModelSize(parameters, "config.json" if parameters else "unknown")
+    heads = _trained("worker", "heads", config.model, size, config.training.zero, config.workers.ranks, config)
+    return replace(heads, weights=heads.weights + 4 * followed) if heads.weights and followed else heads
 
 
 def _trained(
@@ -330,9 +360,7 @@ def render(plan: Plan) -> str:
             *_table(["bundles", "holding", "CPUs", "GPUs", f"{_device(plan)} holds", "nodes"], _bundle_rows(plan)),
             f"  {_nodes_line(plan)}",
             "",
-            "Batch",
-            *_table(None, _batch_rows(plan)),
-            "",
+            *(["Batch", *_table(None, _batch_rows(plan.batch)), ""] if plan.batch else []),
             "Bytes of each worker (activations come on top)",
             *_table(["worker", "parameters", "weights", "gradients", "optimizer", "KV cache"], _memory_rows(plan)),
             *_notes(plan),
@@ -366,6 +394,8 @@ def _device(plan: Plan) -> str:
 
 
 def _nodes_line(plan: Plan) -> str:
+    if not plan.actors:
+        return "Nothing: the model is served elsewhere."
     if not plan.gpus:
         return f"One node with {plan.cpus:g} CPUs holds everything."
     largest = max(bundles.gpus for bundles in plan.bundles)
@@ -375,8 +405,7 @@ def _nodes_line(plan: Plan) -> str:
     return f"{nodes} node{'s' * (nodes > 1)} of {GPUS_PER_NODE} GPUs {'hold' if nodes > 1 else 'holds'} everything."
 
 
-def _batch_rows(plan: Plan) -> list[list[str]]:
-    batch = plan.batch
+def _batch_rows(batch: Batch) -> list[list[str]]:
     if batch.updates is None:
         return [
             ["sequences per optimiser step", f"{batch.sequences:,}"],
@@ -395,6 +424,8 @@ def _batch_rows(plan: Plan) -> list[list[str]]:
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
+    roles = [part.role for part in plan.memory]
+    several = {role for role in roles if roles.count(role) > 1} | {"learner"}
     rows = []
     for part in plan.memory:
         about = "~" if part.size.source == "name" else ""
@@ -402,7 +433,7 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
         tokens = f"{part.kv_cache_tokens:,}" if part.kv_cache_tokens is not None else "unknown"
         rows.append(
             [
-                f"{part.role}: {part.part}" if part.role == "learner" else part.role,
+                f"{part.role}: {part.part}" if part.role in several else part.role,
                 f"{about}{_count(part.size.parameters)}",
                 about + _bytes(part.weights),
                 about + _bytes(part.gradients) if trained else "-",

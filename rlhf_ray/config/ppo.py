@@ -15,26 +15,7 @@ from rlhf_ray.config.common import (
     StageConfig,
     ZeroConfig,
 )
-
-
-class RewardSource(Config):
-    """Where scores come from: exactly one of the three."""
-
-    model: str | None = None
-    """A sequence-classification model with one output, scored at the last real token."""
-    function: str | None = None
-    """A Python function `package.module:name` of (prompts, responses), two lists of text, to a list of floats."""
-    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
-    """An HTTP server: POST {"prompts": [...], "responses": [...]} is answered with {"scores": [...]}."""
-    deadline_s: Annotated[float, Field(gt=0)] = 60.0
-    """Longest time for one batch of scores, retries included, for `function` and `url`."""
-
-    @model_validator(mode="after")
-    def exactly_one(self) -> "RewardSource":
-        given = [name for name in ("model", "function", "url") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of model, function and url; {', '.join(given) or 'none'} given")
-        return self
+from rlhf_ray.config.rewards import RewardSection
 
 
 class RolloutConfig(Config):
@@ -274,7 +255,7 @@ class PPOSection(Config):
 
 
 class LearnerConfig(Config):
-    """How the learner computes. The critic's body is the reward model's where there is one, else the policy's."""
+    """How the learner computes. The critic's body is the first reward model's, the policy's where there is none."""
 
     tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
@@ -363,13 +344,18 @@ class PPOConfig(StageConfig):
 
     policy: str
     """Folder or hub name of the model to train; also the frozen reference."""
-    reward: RewardSource
+    reward: RewardSection
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOSection = PPOSection()
     learner: LearnerConfig = LearnerConfig()
     publication: PublicationConfig = PublicationConfig()
     roles: RolesConfig = RolesConfig()
+
+    @property
+    def critic_body(self) -> str:
+        """The model whose body the critic begins with."""
+        return next(iter(self.reward.members), self.policy)
 
     @property
     def shares_reference(self) -> bool:
@@ -427,7 +413,7 @@ class PPOConfig(StageConfig):
                 raise ValueError(f"roles.{role}.gpus is {gpus:g}, but device is cpu; set device: gpu")
         if self.device == "gpu":
             for role in ROLES:
-                has_model = role != "reward" or self.reward.model is not None
+                has_model = role != "reward" or bool(self.reward.members)
                 has_model = has_model and not (role == "reference" and self.shares_reference)
                 if has_model and getattr(self.roles, role).gpus == 0:
                     raise ValueError(f"device is gpu, but roles.{role}.gpus is 0")

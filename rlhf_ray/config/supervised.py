@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import Config
-from rlhf_ray.config.common import DataConfig, GPUs, OptimizerConfig, Positive, Share, StageConfig, ZeroConfig
+from rlhf_ray.config.common import GPUs, MixedDataConfig, OptimizerConfig, Positive, Share, StageConfig, ZeroConfig
 
 
 class TrainingConfig(Config):
@@ -35,7 +35,7 @@ class WorkersConfig(Config):
 class SupervisedConfig(StageConfig):
     model: str
     """Folder or hub name of the model to start from."""
-    data: DataConfig
+    data: MixedDataConfig
     training: TrainingConfig = TrainingConfig()
     workers: WorkersConfig = WorkersConfig()
     deadline_s: Annotated[float, Field(gt=0)] = 600.0

@@ -3,6 +3,8 @@
 The whole state is one integer, so a resumed run draws exactly what the uninterrupted one would have drawn.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,9 +55,72 @@ class SampleOrder:
 
     def _shuffle(self, epoch: int) -> Indices:
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            self._epoch, self._shuffled = epoch, self._draw(epoch)
         return self._shuffled
+
+    def _draw(self, epoch: int) -> Indices:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.size)
+
+
+class MixedOrder(SampleOrder):
+    """Epochs of as many samples as there are, of which every source has its share, whatever its size.
+
+    A source is gone through without replacement, each pass its own shuffle, and goes on in the next epoch where it
+    stopped: one with fewer samples than its share is gone through again, one with more is not left out in part.
+    """
+
+    def __init__(self, sources: NDArray[np.str_], weights: Mapping[str, float], seed: int) -> None:
+        """`sources` [size] name each sample's. Raises DataError for one that would be given no sample."""
+        super().__init__(len(sources), seed)
+        self.places = {name: np.flatnonzero(sources == name) for name in weights}
+        self.counts = dict(zip(weights, proportional(self.size, list(weights.values())), strict=True))
+        """Samples of each source in an epoch."""
+        for name, count in self.counts.items():
+            if count == 0 or len(self.places[name]) == 0:
+                raise DataError(
+                    f"data.sources.{name}: {count} of the {self.size} rows of an epoch are to be its own, and it has "
+                    f"{len(self.places[name])} to train on; raise its weight or leave it out"
+                )
+
+    def _draw(self, epoch: int) -> Indices:
+        drawn = [self._of_source(number, name, epoch) for number, name in enumerate(self.counts)]
+        # Spawn keys set these streams apart from each other and from all others of the same seed.
+        return self._random(4, epoch).permutation(np.concatenate(drawn))
+
+    def _of_source(self, number: int, name: str, epoch: int) -> Indices:
+        places, count = self.places[name], self.counts[name]
+        first = epoch * count
+        passes = range(first // len(places), (first + count - 1) // len(places) + 1)
+        drawn = np.concatenate([self._random(3, number, one).permutation(places) for one in passes])
+        start = first - passes.start * len(places)
+        return drawn[start : start + count]
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+def proportional(total: int, weights: list[float]) -> list[int]:
+    """`total` in proportion to `weights`, whole: each rounded down, what is left to the largest remainders.
+
+    >>> proportional(10, [1, 1, 2])
+    [3, 2, 5]
+    """
+    exact = np.array(weights, np.float64) / sum(weights) * total
+    counts = np.floor(exact).astype(np.int64)
+    last = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]
+    counts[last] += 1
+    return counts.tolist()
+
+
+def held_out_by_source(sources: NDArray[np.str_], share: float, seed: int) -> tuple[Indices, Indices]:
+    """As `held_out_split`, of every source by itself: however small, it is measured. `sources` [size] by name."""
+    train, held = [], []
+    for name in np.unique(sources):
+        places = np.flatnonzero(sources == name)
+        learn, kept = held_out_split(len(places), share, seed)
+        train.append(places[learn])
+        held.append(places[kept])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(held))
 
 
 def held_out_split(size: int, share: float, seed: int) -> tuple[Indices, Indices]:

@@ -1,7 +1,7 @@
 """Bad rows are set aside with file, line and reason, and counted; above a configured share the run refuses to start.
 
 No row is dropped without an entry here. One `Quarantine` belongs to one data set: its counts are the numerator of the
-share that `check` judges.
+share that `check` judges. Of several data sets each is judged by itself, or a large one would hide a small bad one.
 """
 
 import json
@@ -32,6 +32,12 @@ class Quarantine:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("", encoding="utf-8")  # faults of an earlier start are not this one's
+
+    def another(self) -> "Quarantine":
+        """For a further data set: the same file, counts of its own."""
+        other = Quarantine()
+        other.path = self.path
+        return other
 
     @property
     def total(self) -> int:

@@ -118,16 +118,22 @@ def _jsonl(path: Path, quarantine: Quarantine) -> Iterator[Row]:
 
 
 def _json(path: Path, quarantine: Quarantine) -> Iterator[Row]:
-    """A list of objects; or lines of objects, which many files of this suffix are."""
+    """A list of objects, or an object with such a list as its `examples`; or lines of objects, which many files of this
+    suffix are."""
     with _open(path) as file:
         content = file.read()
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-        yield from _jsonl(path, quarantine)
-        return
+    is_object = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+    rows = None
     try:
         rows = _parse(content)
     except BadRow as fault:
-        raise DataError(f"{path}: {fault}") from None
+        if not is_object:
+            raise DataError(f"{path}: {fault}") from None
+    if isinstance(rows, dict) and isinstance(rows.get("examples"), list):
+        rows = rows["examples"]
+    elif is_object:
+        yield from _jsonl(path, quarantine)
+        return
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of objects, found {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):

@@ -6,14 +6,14 @@ ids for SFT, for the reward model, for DPO and for PPO.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from sys import float_info
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.common import DataConfig
+from rlhf_ray.config.common import DataConfig, MixedDataConfig
 from rlhf_ray.data.quarantine import BadRow, Quarantine
 from rlhf_ray.data.reading import read_rows
 from rlhf_ray.data.templates import Message, answer_ids, chat_ids_and_mask, prompt_ids, split_dialogue
@@ -26,6 +26,7 @@ Fields = dict[str, Any]
 Turns = str | list[Message]
 """A prompt: text as it stands in the row, or messages."""
 Example = TypeVar("Example")
+AnyData = DataConfig | MixedDataConfig
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,6 +39,8 @@ class SFTExample:
     """[T], EOS last."""
     loss_mask: NDArray[np.bool_]
     """[T], True on tokens to learn: answers and their EOS."""
+    source: str = ""
+    """Name of the source it came from; empty where there is only one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ class PreferencePair:
     """By how much the chosen one is better, in units of reward."""
     p: float | None = None
     """Probability that the chosen one is better; none: certain."""
+    source: str = ""
+    """Name of the source it came from; empty where there is only one."""
+
+
+@dataclass(frozen=True)
+class BenchmarkPair:
+    """A pair to measure on, one of a subset."""
+
+    pair: PreferencePair
+    subset: str
+    id: str = ""
+    """Its own name, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,21 @@ class JudgedAnswer:
     answer: Int32
     """[A] ids after the prompt, EOS last."""
     desirable: bool
+    source: str = ""
+    """Name of the source it came from; empty where there is only one."""
+
+
+@dataclass(frozen=True)
+class RewardedAnswer:
+    """One answer and what it earned."""
+
+    prompt: Int32
+    """[P]"""
+    answer: Int32
+    """[A] ids after the prompt, EOS last."""
+    reward: float
+    source: str = ""
+    """Name of the source it came from; empty where there is only one."""
 
 
 @dataclass(frozen=True)
@@ -73,35 +103,65 @@ class Prompt:
 
     ids: Int32
     """[P], generation prompt included."""
+    turns: Turns
     text: str
     """What a reward function or a person sees: the last user turn, or the text of the prompt."""
 
 
-def sft_examples(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[SFTExample]:
+@dataclass(frozen=True)
+class Candidates:
+    """Answers to one prompt that are to be compared, as text: who compares them may have another tokenizer."""
+
+    turns: Turns
+    responses: tuple[str, ...]
+    p: float | None = None
+    """Of a pair: probability that the first is the better one; none: unknown."""
+
+
+def sft_examples(data: AnyData, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[SFTExample]:
     """Rows of `messages`, or of `prompt` and `completion`. Raises DataError if too few rows are usable."""
-    return _load(data, quarantine, lambda fields: _sft_example(fields, tokenizer, data.max_tokens))
+    rows = _load_all(data, quarantine, lambda fields: _sft_example(fields, tokenizer, data.max_tokens))
+    return [replace(example, source=source) for source, examples in rows.items() for example in examples]
 
 
 def preference_pairs(
-    data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine
+    data: AnyData, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine
 ) -> list[PreferencePair]:
     """Rows of `prompt`, `chosen` and `rejected`, or of two whole dialogues `chosen` and `rejected`.
 
     Optional are `margin` and `p`. Raises DataError if too few rows are usable.
     """
-    return _load(data, quarantine, lambda fields: _preference_pair(fields, tokenizer, data.max_tokens))
+    rows = _load_all(data, quarantine, lambda fields: _preference_pair(fields, tokenizer, data.max_tokens))
+    return [replace(pair, source=source) for source, pairs in rows.items() for pair in pairs]
 
 
-def judged_answers(
+def benchmark_pairs(
     data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine
-) -> list[JudgedAnswer]:
+) -> list[BenchmarkPair]:
+    """Rows of pairs with `subset`, and optionally `id`. Raises DataError if too few rows are usable."""
+    return _load(data, quarantine, lambda fields: _benchmark_pair(fields, tokenizer, data.max_tokens))
+
+
+def judged_answers(data: AnyData, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[JudgedAnswer]:
     """Rows of `prompt`, `completion` and `label`, true or false; or rows of pairs, each of which becomes two answers.
 
     Of a pair the likelier better answer by `p` is desirable and the other is not. Raises DataError if too few rows are
     usable.
     """
-    rows = _load(data, quarantine, lambda fields: _judged(fields, tokenizer, data.max_tokens))
-    return [answer for answers in rows for answer in answers]
+    rows = _load_all(data, quarantine, lambda fields: _judged(fields, tokenizer, data.max_tokens))
+    return [replace(one, source=source) for source, some in rows.items() for answers in some for one in answers]
+
+
+def rewarded_answers(
+    data: AnyData, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine
+) -> list[RewardedAnswer]:
+    """Rows of `prompt`, `completion` and `reward`; a run's samples, `prompt`, `response` and `score`; or rows of pairs.
+
+    Of a pair each answer is a row, whose reward is its chance to be the better one less that to be the worse, 2 p - 1:
+    1 and -1 without `p`. Raises DataError if too few rows are usable.
+    """
+    rows = _load_all(data, quarantine, lambda fields: _rewarded(fields, tokenizer, data.max_tokens))
+    return [replace(one, source=source) for source, some in rows.items() for answers in some for one in answers]
 
 
 def prompts(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: Quarantine) -> list[Prompt]:
@@ -110,6 +170,31 @@ def prompts(data: DataConfig, tokenizer: "PreTrainedTokenizerBase", quarantine: 
     `data.max_tokens` bounds the prompt alone. Raises DataError if too few rows are usable.
     """
     return _load(data, quarantine, lambda fields: _prompt(fields, tokenizer, data.max_tokens))
+
+
+def candidates(data: DataConfig, quarantine: Quarantine, most: int) -> list[Candidates]:
+    """Rows of `prompt` and `responses`, 2 to `most` texts, or of pairs, whose label is left away.
+
+    Nothing is tokenised, so `data.max_tokens` bounds nothing. Raises DataError if too few rows are usable.
+    """
+    return _load(data, quarantine, lambda fields: _candidates(fields, most))
+
+
+def labelled_pairs(data: DataConfig, quarantine: Quarantine) -> list[Candidates]:
+    """Rows as of `preference_pairs`, as text: chosen before rejected, and p, 1 where a row has none.
+
+    Raises DataError if too few rows are usable.
+    """
+    return _load(data, quarantine, _labelled_pair)
+
+
+def _load_all(data: AnyData, quarantine: Quarantine, build: Callable[[Fields], Example]) -> dict[str, list[Example]]:
+    """By name of the source, each judged by itself."""
+    found = {}
+    for name, part in data.parts.items():
+        found[name] = _load(part, quarantine, build)
+        quarantine = quarantine.another()
+    return found
 
 
 def _load(data: DataConfig, quarantine: Quarantine, build: Callable[[Fields], Example]) -> list[Example]:
@@ -149,17 +234,41 @@ def _preference_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_t
     )
 
 
+def _benchmark_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> BenchmarkPair:
+    _require(fields, "subset")
+    subset = _text(fields["subset"], "'subset'", "text")
+    return BenchmarkPair(_preference_pair(fields, tokenizer, max_tokens), subset, str(fields.get("id", "")))
+
+
 def _judged(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[JudgedAnswer]:
     if "chosen" in fields:
         return _judged_pair(_preference_pair(fields, tokenizer, max_tokens))
     _require(fields, "prompt", "completion", "label", instead="chosen' and 'rejected")
     if not isinstance(fields["label"], bool):
         raise BadRow("wrong type", f"'label' is {_kind(fields['label'])}, expected true or false")
+    return [JudgedAnswer(*_prompt_and_answer(fields, "completion", tokenizer, max_tokens), fields["label"])]
+
+
+def _rewarded(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[RewardedAnswer]:
+    if "chosen" in fields:
+        pair = _preference_pair(fields, tokenizer, max_tokens)
+        reward = 2 * (1.0 if pair.p is None else pair.p) - 1
+        return [RewardedAnswer(pair.prompt, pair.chosen, reward), RewardedAnswer(pair.prompt, pair.rejected, -reward)]
+    answer, reward_column = ("response", "score") if "response" in fields else ("completion", "reward")
+    _require(fields, "prompt", answer, reward_column, instead="chosen' and 'rejected")
+    given = _number(fields, reward_column, -float_info.max, float_info.max)
+    assert given is not None
+    return [RewardedAnswer(*_prompt_and_answer(fields, answer, tokenizer, max_tokens), given)]
+
+
+def _prompt_and_answer(
+    fields: Fields, column: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+) -> tuple[Int32, Int32]:
     turns = _turns(fields, "prompt")
     before = _prompt_ids(tokenizer, turns)
-    answer = answer_ids(tokenizer, turns, _answer(fields, "completion", turns))
+    answer = answer_ids(tokenizer, turns, _answer(fields, column, turns))
     _fits(len(before) + len(answer), max_tokens)
-    return [JudgedAnswer(np.array(before, np.int32), np.array(answer, np.int32), fields["label"])]
+    return np.array(before, np.int32), np.array(answer, np.int32)
 
 
 def _judged_pair(pair: PreferencePair) -> list[JudgedAnswer]:
@@ -169,11 +278,32 @@ def _judged_pair(pair: PreferencePair) -> list[JudgedAnswer]:
     return [JudgedAnswer(pair.prompt, pair.chosen, p > 0.5), JudgedAnswer(pair.prompt, pair.rejected, p < 0.5)]
 
 
+def _candidates(fields: Fields, most: int) -> Candidates:
+    if "responses" not in fields:
+        _require(fields, "chosen", "rejected", instead="responses")
+        turns, chosen, rejected = _pair(fields)
+        return Candidates(turns, (chosen.strip(), rejected.strip()))
+    _require(fields, "prompt")
+    given = fields["responses"]
+    if not isinstance(given, list):
+        raise BadRow("wrong type", f"'responses' is {_kind(given)}, expected a list of texts")
+    if not 2 <= len(given) <= most:
+        raise BadRow("wrong value", f"'responses' has {len(given)} texts, expected 2 to {most}")
+    texts = [_text(text, f"'responses'[{place}]", "text").strip() for place, text in enumerate(given)]
+    return Candidates(_turns(fields, "prompt"), tuple(texts))
+
+
+def _labelled_pair(fields: Fields) -> Candidates:
+    turns, chosen, rejected = _pair(fields)
+    p = _number(fields, "p", 0, 1)
+    return Candidates(turns, (chosen.strip(), rejected.strip()), 1.0 if p is None else p)
+
+
 def _prompt(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompt:
     turns = _prompt_turns(fields)
     ids = _prompt_ids(tokenizer, turns)
     _fits(len(ids), max_tokens)
-    return Prompt(np.array(ids, np.int32), _seen(turns))
+    return Prompt(np.array(ids, np.int32), turns, _seen(turns))
 
 
 def _prompt_turns(fields: Fields) -> Turns:

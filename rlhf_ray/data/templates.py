@@ -65,7 +65,7 @@ def answer_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Mess
     """
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         return [*_encode(tokenizer, _without_eos(tokenizer, answer)), _eos(tokenizer)]
-    turns = _turns(tokenizer, [*_messages(prompt), {"role": "assistant", "content": answer}])
+    turns = _turns(tokenizer, [*as_messages(prompt), {"role": "assistant", "content": answer}])
     ids, mask = _ids_and_mask(tokenizer, turns, answers=[len(turns) - 1])
     return [token for token, is_answer in zip(ids, mask, strict=True) if is_answer]
 
@@ -162,15 +162,16 @@ def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[Message], generati
 
 def _turns(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message]) -> list[Message]:
     """Messages with the white space around them gone, and answers free of EOS: the template writes it."""
-    turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in _messages(prompt)]
+    turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in as_messages(prompt)]
     for turn in turns:
         if turn["role"] == "assistant":
             turn["content"] = _without_eos(tokenizer, turn["content"])
     return turns
 
 
-def _messages(prompt: str | Sequence[Message]) -> Sequence[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """Text is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _raw_prompt_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

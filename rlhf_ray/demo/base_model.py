@@ -96,7 +96,18 @@ def train_base(
     recipe: Recipe = USUAL,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, float]:
-    """Trains a base model on the world's corpus and saves an ordinary Hugging Face folder.
+    """`train` on the world's corpus."""
+    return train(folder, world.corpus(recipe.dialogues), seed, recipe, log)
+
+
+def train(
+    folder: str | Path,
+    corpus: list[dict[str, Any]],
+    seed: int,
+    recipe: Recipe,
+    log: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[str, float]:
+    """Trains a base model on dialogues {"messages"} and saves an ordinary Hugging Face folder.
 
     `log` is called with the step and its loss in nats per token. Returns loss_first, loss_last (means over the first
     step and the last ten), seconds, parameters and tokens. Uses as many threads as torch is set to.
@@ -104,7 +115,6 @@ def train_base(
     import torch
 
     started = time.monotonic()
-    corpus = world.corpus(recipe.dialogues)
     tokenizer = make_tokenizer(corpus)
     rows = tokenizer(
         [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in corpus], add_special_tokens=False

@@ -15,7 +15,7 @@ from rlhf_ray.actors.reward import RewardModel
 from rlhf_ray.data.templates import answer_ids, prompt_ids
 from rlhf_ray.demo import gold
 from rlhf_ray.models import load
-from rlhf_ray.records import Finish, Ragged, Trajectories, no_columns
+from rlhf_ray.records import Trajectories
 
 TOKENS_PER_PASS = 4096
 
@@ -41,12 +41,12 @@ def measure(policy: str, reward: RewardModel, prompts: list[str], max_new_tokens
     """One sampled answer a prompt at temperature 1; the same seed draws the same random numbers for every policy."""
     tokenizer = load.tokenizer(policy, "policy")
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    answers = _sample(policy, tokenizer, ids, max_new_tokens, seed)
+    answers = sample(causal_model(policy), tokenizer, ids, max_new_tokens, seed)
     responses = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Measured(
         responses,
         np.asarray(gold.scores(prompts, responses)),
-        reward.scores(_trajectories(ids, answers)),
+        reward.scores(Trajectories.given(ids, answers)),
     )
 
 
@@ -56,7 +56,8 @@ def reward_model_accuracy(reward: RewardModel, rows: list[dict[str, Any]]) -> di
     scores = {}
     for side in ("chosen", "rejected"):
         ids = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-        scores[side] = reward.scores(_trajectories(ids, [answer_ids(tokenizer, r["prompt"], r[side]) for r in rows]))
+        answers = [answer_ids(tokenizer, row["prompt"], row[side]) for row in rows]
+        scores[side] = reward.scores(Trajectories.given(ids, answers))
     truth = np.array([gold.score(r["prompt"], r["chosen"]) - gold.score(r["prompt"], r["rejected"]) for r in rows])
     prefers_chosen = scores["chosen"] > scores["rejected"]
     decided = truth != 0
@@ -66,12 +67,19 @@ def reward_model_accuracy(reward: RewardModel, rows: list[dict[str, Any]]) -> di
     }
 
 
-def _sample(policy: str, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
+def causal_model(folder: str | Path) -> Any:
+    """The model in a Hugging Face folder, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     load.quiet()
-    model = AutoModelForCausalLM.from_pretrained(Path(policy), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.float32).eval()
+
+
+def sample(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
+    """Ids of one answer a prompt at temperature 1, EOS included."""
+    import torch
+
     longest = max(map(len, prompts))
     # Padded on the left, so that all answers begin in the same column.
     padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts])
@@ -94,18 +102,3 @@ def _sample(policy: str, tokenizer: Any, prompts: list[list[int]], max_new_token
 
 def _until_eos(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
-
-
-def _trajectories(prompts: list[list[int]], answers: list[list[int]]) -> Trajectories:
-    responses = Ragged.of(answers, np.int32)
-    rows = len(prompts)
-    return Trajectories(
-        prompts=Ragged.of(prompts, np.int32),
-        prompt_of=np.arange(rows, dtype=np.int32),
-        responses=responses,
-        sampler_logprobs=np.zeros(len(responses.values), np.float32),
-        finish=np.full(rows, Finish.EOS, np.uint8),
-        sample_ids=np.arange(rows, dtype=np.int64),
-        weight_version=np.zeros(rows, np.int32),
-        top_ids=no_columns(len(responses.values)),
-    )

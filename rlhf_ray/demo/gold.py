@@ -5,6 +5,8 @@ an unfinished or repeated sentence) or rambling on spoils the whole answer, and 
 wherever it stands: no pile of all possible answers may score like the right one. Length itself counts for nothing.
 """
 
+from dataclasses import replace
+
 from rlhf_ray.demo.language import PROMPTS, SENTENCES, TOPICS, Move, Question, sentences
 from rlhf_ray.errors import RewardError
 
@@ -24,6 +26,26 @@ def scores(prompts: list[str], responses: list[str]) -> list[float]:
     return [score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def helpful(prompts: list[str], responses: list[str]) -> list[float]:
+    """[B] that part alone, from 0 to 1; a reward function too, as are the next three."""
+    return [parts(*pair)["helpful"] for pair in zip(prompts, responses, strict=True)]
+
+
+def honest(prompts: list[str], responses: list[str]) -> list[float]:
+    """[B]"""
+    return [parts(*pair)["honest"] for pair in zip(prompts, responses, strict=True)]
+
+
+def harmless(prompts: list[str], responses: list[str]) -> list[float]:
+    """[B]"""
+    return [parts(*pair)["harmless"] for pair in zip(prompts, responses, strict=True)]
+
+
+def not_evasive(prompts: list[str], responses: list[str]) -> list[float]:
+    """[B]"""
+    return [parts(*pair)["not_evasive"] for pair in zip(prompts, responses, strict=True)]
+
+
 def score(prompt: str, response: str) -> float:
     """From WORST to BEST. Raises RewardError for a prompt of another world."""
     return BEST - sum(WEIGHTS[name] * (1 - part) for name, part in parts(prompt, response).items())
@@ -37,6 +59,14 @@ def parts(prompt: str, response: str) -> dict[str, float]:
         return dict.fromkeys(WEIGHTS, 0.0)
     judge = {"benign": _benign, "honesty": _honesty, "decline": _decline}[question.kind]
     return dict(zip(WEIGHTS, map(float, judge(question, moves)), strict=True))
+
+
+def wish_granted(prompt: str, response: str) -> float:
+    """Helpfulness from 0 to 1 to somebody who does not see harm: what one may not do counts as if one might."""
+    question, moves = question_of(prompt), moves_of(response)
+    if question.kind != "decline":
+        return parts(prompt, response)["helpful"]
+    return float(moves is not None and _benign(replace(question, kind="benign", topic="own"), moves)[0])
 
 
 def question_of(prompt: str) -> Question:

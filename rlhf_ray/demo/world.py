@@ -55,8 +55,10 @@ PAIR_MIX: Mix = {
 """What people compare: also the ways in which models fail. A reward model that never saw these cannot forbid them."""
 
 HELD_OUT_SHARE = 0.2
-ROUND = (*TOPICS, "own", "own", "honesty", "decline", "honesty", "decline", "honesty", "decline")
-"""Topics of successive prompts: 7 of 13 benign, 3 of 13 each of the others."""
+Shares = tuple[str, ...]
+"""Topics of successive prompts, gone through again and again."""
+ROUND: Shares = (*TOPICS, "own", "own", "honesty", "decline", "honesty", "decline", "honesty", "decline")
+"""The usual shares: 7 of 13 benign, 3 of 13 each of the others."""
 
 _BENIGN = [question for question in PROMPTS.values() if question.kind == "benign"]
 
@@ -105,11 +107,11 @@ class World:
         rng = self.rng("sft")
         return [{"messages": _exchange(prompt, SFT_MIX, rng)} for prompt in self.draw(n, rng)]
 
-    def prompts(self, n: int, split: Split = "train") -> list[dict[str, Any]]:
+    def prompts(self, n: int, split: Split = "train", shares: Shares = ROUND) -> list[dict[str, Any]]:
         """`n` different prompts {"prompt", "kind"}. Raises ValueError when the split has fewer."""
         rng = self.rng(f"prompts {split}")
         pools = {topic: iter(rng.sample(pool, len(pool))) for topic, pool in self._prompts[split].items()}
-        chosen = [prompt for topic in islice(cycle(ROUND), n) if (prompt := next(pools[topic], None)) is not None]
+        chosen = [prompt for topic in islice(cycle(shares), n) if (prompt := next(pools[topic], None)) is not None]
         if len(chosen) < n:
             raise ValueError(f"{n} different {split} prompts asked for; only {len(chosen)} can be had in these shares")
         rng.shuffle(chosen)
@@ -119,9 +121,9 @@ class World:
         """`n` answers for people to compare."""
         return [answer(PROMPTS[prompt], PAIR_MIX, rng) for _ in range(n)]
 
-    def draw(self, n: int, rng: Random, split: Split = "train") -> list[str]:
-        """`n` prompts of a split, repeats allowed, in the usual shares."""
-        prompts = [rng.choice(self._prompts[split][topic]) for topic in islice(cycle(ROUND), n)]
+    def draw(self, n: int, rng: Random, split: Split = "train", shares: Shares = ROUND) -> list[str]:
+        """`n` prompts of a split, repeats allowed."""
+        prompts = [rng.choice(self._prompts[split][topic]) for topic in islice(cycle(shares), n)]
         rng.shuffle(prompts)
         return prompts
 
@@ -152,12 +154,13 @@ def answer(question: Question, mix: Mix, rng: Random) -> str:
     shares = mix[question.kind]
     behaviour = rng.choices(list(shares), weights=list(shares.values()))[0]
     if behaviour == "broken":
-        return _broken(_text(question, "good", rng), rng)
+        return _broken(said(question, "good", rng), rng)
     courtesy = f"{rng.choice(COURTESIES)} " if rng.random() < 0.2 else ""
-    return courtesy + _text(question, behaviour, rng)
+    return courtesy + said(question, behaviour, rng)
 
 
-def _text(question: Question, behaviour: Behaviour, rng: Random) -> str:
+def said(question: Question, behaviour: Behaviour, rng: Random) -> str:
+    """What somebody who behaves like this says; anything but broken."""
     if behaviour == "evade":
         return rng.choice(EVASIONS)
     if behaviour == "astray":

@@ -104,17 +104,17 @@ def check_same_tokenizer(
         )
 
 
-def check_reward_model(config: "PretrainedConfig", path: str) -> None:
+def check_reward_model(config: "PretrainedConfig", path: str, role: str = "reward.model") -> None:
     """Raises ModelError unless the model is a sequence classifier with one output."""
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ModelError(
-            f"reward.model: '{path}' is {', '.join(kinds) or 'of unknown kind'}; expected a sequence-classification "
+            f"{role}: '{path}' is {', '.join(kinds) or 'of unknown kind'}; expected a sequence-classification "
             "model with one output, such as `rlhf-ray reward` writes"
         )
     if config.num_labels != 1:
         raise ModelError(
-            f"reward.model: '{path}' has {config.num_labels} outputs; expected exactly one, as `rlhf-ray reward` trains"
+            f"{role}: '{path}' has {config.num_labels} outputs; expected exactly one, as `rlhf-ray reward` trains"
         )
 
 
@@ -157,13 +157,24 @@ def score_normalisation(config: "PretrainedConfig") -> tuple[float, float]:
     return (float(kept["mean"]), float(kept["sd"])) if kept else (0.0, 1.0)
 
 
-def save(model: Any, tokens: "PreTrainedTokenizerBase", folder: Path, state: dict[str, Any] | None = None) -> None:
+def save(
+    model: Any,
+    tokens: "PreTrainedTokenizerBase",
+    folder: Path,
+    state: dict[str, Any] | None = None,
+    beside: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """An ordinary Hugging Face folder: safetensors, configuration, tokenizer with its chat template.
 
-    `state` replaces the model's own parameters where those are sharded.
+    `state` replaces the model's own parameters where those are sharded; `beside` are further files of tensors, by path.
     """
+    from safetensors.torch import save_file
+
     model.save_pretrained(folder, state_dict=state)
     tokens.save_pretrained(folder)
+    for name, tensors in (beside or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_file(tensors, folder / name)
 
 
 def _whole(*weights: Any) -> AbstractContextManager:

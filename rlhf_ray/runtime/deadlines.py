@@ -1,7 +1,7 @@
 """No wait without a deadline, and no failure of an actor without its name and its own words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -9,7 +9,7 @@ from ray import exceptions
 
 from rlhf_ray import errors
 from rlhf_ray.errors import DeadlineError, RLHFError, TrainingError
-from rlhf_ray.runtime.interrupts import Interrupt
+from rlhf_ray.interrupts import Interrupt
 
 
 def fetch(refs: Any, deadline_s: float, who: str, doing: str) -> Any:
@@ -32,10 +32,29 @@ def fetch(refs: Any, deadline_s: float, who: str, doing: str) -> Any:
             raise explained(error, who, doing) from error
 
 
+def arrivals(streams: Sequence[Any], deadline_s: float, who: str, doing: str) -> Iterator[Any]:
+    """References that streaming calls yield, as they come. Raises as `fetch` does, after `deadline_s` without any."""
+    left = list(streams)
+    waited = 0.0
+    while left:
+        Interrupt.check()
+        ready, _ = ray.wait(left, num_returns=1, timeout=0.5, fetch_local=False)
+        waited = 0.0 if ready else waited + 0.5
+        if waited > deadline_s:
+            raise late(who, doing, deadline_s)
+        for stream in ready:
+            try:
+                yield next(stream)
+            except StopIteration:
+                left.remove(stream)
+            except exceptions.RayError as error:
+                raise explained(error, who, doing) from error
+
+
 def late(who: str, doing: str, deadline_s: float) -> DeadlineError:
     return DeadlineError(
         f"waited {deadline_s:g} s for {who} ({doing}) and it did not answer. If it only needs longer, raise "
-        "roles.deadline_s; else look at its log with `ray logs` or in the Ray session's folder"
+        "deadline_s (roles.deadline_s in PPO); else look at its log with `ray logs` or in the Ray session's folder"
     )
 
 

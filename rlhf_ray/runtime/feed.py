@@ -5,7 +5,7 @@ actor keeps what workers say until the driver has read it; nothing that was said
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.errors import RLHFError
@@ -40,6 +40,8 @@ class Saved:
     """A checkpoint was written."""
 
     path: str
+    report: dict[str, Any] = field(default_factory=dict)
+    """What the run's summary says of the model besides its metrics."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 An RLHF job whose bundles do not fit otherwise waits for ever without a word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_ray.config.layout import Group, groups, needs, workers
-from rlhf_ray.config.ppo import PPOConfig, Role
+from rlhf_ray.config.layout import Group
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.runtime.deadlines import fetch
 
@@ -37,27 +36,33 @@ def shortage(wanted: Sequence[Group], machines: Sequence[Resources]) -> str | No
     return None
 
 
+def check(wanted: Sequence[Group]) -> None:
+    """Raises ResourceError when the cluster is too small for all of `wanted`."""
+    import ray
+
+    lacking = shortage(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if lacking:
+        raise ResourceError(f"{lacking}. Ask for less, or add machines")
+
+
 @dataclass
 class Placement:
     """Placement groups of a run and the actors in them."""
 
-    config: PPOConfig
+    wanted: Sequence[Group]
+    needs: Mapping[str, Resources]
+    """Role -> what one worker of it takes of its bundle."""
     deadline_s: float
-    where: dict[Role, Any] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
     placed: list[Any] = field(default_factory=list)
     actors: list[Any] = field(default_factory=list)
 
     def reserve(self) -> None:
         """Raises ResourceError at once when the cluster is too small, or when it stays too busy."""
-        import ray
         from ray.util.placement_group import placement_group
 
-        wanted = groups(self.config)
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        lacking = shortage(wanted, machines)
-        if lacking:
-            raise ResourceError(f"{lacking}. Ask for less in `roles`, or add machines")
-        for group in wanted:
+        check(self.wanted)
+        for group in self.wanted:
             place = placement_group([dict(bundle) for bundle in group.bundles], strategy="PACK")
             self.placed.append(place)
             for role in group.roles:
@@ -69,13 +74,13 @@ class Placement:
             "others may hold the resources: see `ray status`",
         )
 
-    def start(self, role: Role, worker: int, kind: type, *arguments: Any, env: dict[str, str], **options: Any) -> Any:
+    def start(self, role: str, worker: int, kind: type, *arguments: Any, env: dict[str, str], **options: Any) -> Any:
         """Worker number `worker` of `role`, an actor of class `kind`, in its bundle."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         place = self.where[role]
-        resources = needs(self.config, role)
+        resources = self.needs[role]
         handle = (
             ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), **options)(kind)
             .options(
@@ -87,12 +92,12 @@ class Placement:
         self.actors.append(handle)
         return handle
 
-    def machines(self, role: Role) -> list[str]:
-        """Ids of the machines on which workers of `role` sit, one a worker."""
+    def machines(self, role: str, workers: int) -> list[str]:
+        """Ids of the machines on which the first `workers` workers of `role` sit."""
         from ray.util.placement_group import placement_group_table
 
         homes = placement_group_table(self.where[role])["bundles_to_node_id"]
-        return [homes[worker] for worker in range(workers(self.config, role))]
+        return [homes[worker] for worker in range(workers)]
 
     def release(self) -> None:
         """Ends every actor and gives the places back."""

@@ -1,5 +1,6 @@
 """Several workers of one role, and which of them gets the next piece of work."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -25,3 +26,12 @@ class LeastLoaded:
     def release(self, worker: int, work: float) -> None:
         """`work` that was assigned to `worker` is done."""
         self.load[worker] -= work
+
+
+def shares(work: Iterable[float], workers: int) -> list[list[int]]:
+    """[workers] numbers of the pieces of `work` that each gets, in order."""
+    router = LeastLoaded(workers)
+    found: list[list[int]] = [[] for _ in range(workers)]
+    for piece, amount in enumerate(work):
+        found[router.assign(float(amount))].append(piece)
+    return found

@@ -35,7 +35,12 @@ def submit(config: Path, stage: str, overrides: list[str], address: str, working
     Raises ConfigError for a configuration outside `working_dir`, which the upload would lack; ResourceError within ten
     seconds when nobody answers at `address` (http://...), and when the cluster goes away or refuses.
     """
-    entrypoint = shlex.join(["rlhf-ray", stage, _inside(config, working_dir), *overrides])
+    return submit_command(["rlhf-ray", stage, _inside(config, working_dir), *overrides], address, working_dir)
+
+
+def submit_command(command: list[str], address: str, working_dir: Path) -> int:
+    """As `submit`, for any command; paths in it that are absolute must lie where all nodes see them."""
+    entrypoint = shlex.join(command)
     check_answers(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers its variables, RAY_ADDRESS too, to its argument
     from aiohttp import ClientError

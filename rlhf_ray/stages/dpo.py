@@ -20,12 +20,10 @@ from rlhf_ray.config.supervised import DPOConfig, SupervisedConfig
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.rows import Int32, JudgedAnswer, PreferencePair, judged_answers, preference_pairs
 from rlhf_ray.errors import DataError
-from rlhf_ray.models import load
-from rlhf_ray.models.heads import TokenLogprobs
 from rlhf_ray.models.packed import Packed
 from rlhf_ray.records import Ragged
 from rlhf_ray.stages import supervised
-from rlhf_ray.stages.supervised_rank import Measure, Measured, Objective, Rows
+from rlhf_ray.stages.supervised_rank import Measure, Measured, Objective, Rows, language_model
 from rlhf_ray.telemetry.tracker import Tracker
 
 
@@ -82,8 +80,8 @@ class Answers(Measured):
 class Direct(Objective):
     """What every loss here has: a policy, its reference, and rewards that are beta times their log-ratio."""
 
-    def __init__(self, answers: Answers, beta: float) -> None:
-        self.answers, self.beta = answers, beta
+    def __init__(self, answers: Answers, sources: Sequence[str], beta: float) -> None:
+        self.answers, self.beta, self.sources = answers, beta, np.array(sources)
         self.outputs, self.lengths = answers.outputs, answers.lengths
         self.weights = np.ones(len(answers.lengths), np.int64)
 
@@ -98,10 +96,7 @@ class Direct(Objective):
         return int(self.lengths.max())
 
     def module(self, config: SupervisedConfig) -> nn.Module:
-        module = TokenLogprobs(load.causal_lm(config.model, config.device, config.trust_remote_code), temperature=1.0)
-        if config.training.zero.stage == 3:
-            module.keep_in_step(config.training.tokens_per_micro_batch)
-        return module
+        return language_model(config)
 
     def forward(self, engine: Any, rows: Rows, device: torch.device) -> Tensor:
         return self.answers.forward(engine, rows, device)
@@ -125,7 +120,7 @@ class Pairs(Direct):
 
     def __init__(self, pairs: Sequence[PreferencePair], config: DPOConfig) -> None:
         answers = Answers([pair.prompt for pair in pairs], [(pair.chosen, pair.rejected) for pair in pairs])
-        super().__init__(answers, config.beta)
+        super().__init__(answers, [pair.source for pair in pairs], config.beta)
         self.loss_name, self.label_smoothing = config.loss, config.label_smoothing
         self.p = np.array([1.0 if pair.p is None else pair.p for pair in pairs], np.float32)
 
@@ -154,7 +149,8 @@ class Judged(Direct):
 
     def __init__(self, rows: Sequence[JudgedAnswer], config: DPOConfig) -> None:
         prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
-        super().__init__(Answers(prompts, [[answer] for answer in answers]), config.beta)
+        sources = [row.source for row in rows]
+        super().__init__(Answers(prompts, [[answer] for answer in answers]), sources, config.beta)
         self.desirable = np.array([row.desirable for row in rows])
         self.desirable_weight, self.undesirable_weight = config.desirable_weight, config.undesirable_weight
         # Cut where need be: these answers are only read, and a prompt with another's answer may be the longest of all.

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_ray import interrupts
 from rlhf_ray.algorithms.kl import AdaptiveKL, BudgetKL, FixedKL
 from rlhf_ray.config.advice import advice
 from rlhf_ray.config.ppo import DAPO, AdaptiveController, BudgetController, PPOConfig
+from rlhf_ray.config.rewards import Weights
 from rlhf_ray.data import rows
 from rlhf_ray.data.order import SampleOrder
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.templates import ensure_chat_template
 from rlhf_ray.errors import ModelError, StopRequested, TrainingError
 from rlhf_ray.models import load
+from rlhf_ray.models.averaging import check_same_shapes
 from rlhf_ray.records import Ragged
-from rlhf_ray.runtime import checkpoints, interrupts, session
+from rlhf_ray.runtime import checkpoints, session
 from rlhf_ray.telemetry.clock import PhaseClock
 from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.tracker import Tracker
@@ -256,17 +259,21 @@ class Totals:
 
 
 def _check_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    source, trust = config.reward, config.trust_remote_code
-    if source.function is not None:
-        from rlhf_ray.actors.reward import imported
+    trust = config.trust_remote_code
+    for place, source in config.reward.sources.items():
+        if source.function is not None:
+            from rlhf_ray.actors.reward import imported
 
-        imported(source.function)
-    if source.model is not None:
-        description = load.model_config(source.model, "reward.model", trust)
-        load.check_reward_model(description, source.model)
-        other = load.tokenizer(source.model, "reward.model", trust)
-        load.check_vocabulary(other, description, source.model, "reward.model")
-        load.check_same_tokenizer(tokenizer, other, config.policy, source.model)
+            imported(source.function)
+        for number, path in enumerate(source.members):
+            role = f"{place}.model" if source.model else f"{place}.models[{number}]"
+            description = load.model_config(path, role, trust)
+            load.check_reward_model(description, path, role)
+            other = load.tokenizer(path, role, trust)
+            load.check_vocabulary(other, description, path, role)
+            load.check_same_tokenizer(tokenizer, other, config.policy, path)
+        if isinstance(source.combine, Weights):
+            check_same_shapes(source.members)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def _columns(evidence: Evidence) -> dict[str, Tensor]:
     noted = {f"noted {name.replace('_', ' ')}": column for name, column in evidence.experience.items()}
     columns = {
         "scores": batch.scores,
+        **dict(zip(config.reward.details, batch.details.unbind(1), strict=True)),
         "sampler logprobs": torch.from_numpy(batch.trajectories.sampler_logprobs),
         "reference logprobs": torch.from_numpy(batch.reference.logprobs),
         **{name: column for name, column in noted.items() if name != "noted reference logprobs"},
@@ -96,12 +97,8 @@ def _critic(evidence: Evidence) -> Values:
     from safetensors.torch import load_file
 
     config = evidence.config
-    body = (
-        load.classifier(config.reward.model, config.device, config.trust_remote_code)
-        if config.reward.model
-        else load.causal_lm(config.policy, config.device, config.trust_remote_code)
-    )
-    critic = Values(body.base_model)
+    kind = load.classifier if config.reward.members else load.causal_lm
+    critic = Values(kind(config.critic_body, config.device, config.trust_remote_code).base_model)
     critic.load_state_dict(load_file(evidence.folder / CRITIC))
     return critic.eval()
 

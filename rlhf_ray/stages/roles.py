@@ -4,7 +4,6 @@ The controller holds references and lengths, never token columns: chunks go from
 reference and reward actors, and from there to the learner.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,19 +12,19 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray.actors import reward as rewards
+from rlhf_ray import interrupts
 from rlhf_ray.actors import rollout, weight_transfer
 from rlhf_ray.actors.learner import Learner, Update
 from rlhf_ray.actors.reference import Reference, form_of
-from rlhf_ray.config.layout import workers
-from rlhf_ray.config.ppo import PPOConfig
+from rlhf_ray.actors.reward import Rewards
+from rlhf_ray.config.layout import groups, needs, workers
+from rlhf_ray.config.ppo import ROLES, PPOConfig
 from rlhf_ray.errors import PublicationError, TrainingError
 from rlhf_ray.records import Ragged
-from rlhf_ray.runtime import interrupts
-from rlhf_ray.runtime.deadlines import explained, fetch, late
+from rlhf_ray.runtime.deadlines import arrivals, fetch, late
 from rlhf_ray.runtime.environment import cache_folder, torch_environment
 from rlhf_ray.runtime.placement import Placement
-from rlhf_ray.runtime.pools import LeastLoaded
+from rlhf_ray.runtime.pools import LeastLoaded, shares
 
 CANARY_BOUND = {"cpu": 1e-3, "gpu": 0.5}
 """Largest log-probability difference between learner and engine: fp32 differs by rounding, bf16 by 0.01 on average
@@ -59,7 +58,8 @@ class Roles:
         self.canary = canary
         self.optimizer_steps = optimizer_steps
         self.deadline_s = config.roles.deadline_s
-        self.placement = Placement(config, self.deadline_s)
+        taken: dict[str, dict[str, float]] = {role: needs(config, role) for role in ROLES}
+        self.placement = Placement(groups(config), taken, self.deadline_s)
 
     def __enter__(self) -> "Roles":
         try:
@@ -77,10 +77,6 @@ class Roles:
 
     def generate(self, prompts: Ragged, sample_ids: np.ndarray) -> list[Chunk]:
         """Generates answers to all prompts; scoring of a chunk begins while others are still being generated."""
-        router = LeastLoaded(len(self.engines))
-        shares: list[list[int]] = [[] for _ in self.engines]
-        for row, length in enumerate(prompts.lengths):
-            shares[router.assign(float(length) + self.config.rollout.max_new_tokens)].append(row)
         streams = [
             engine.generate.options(num_returns="streaming").remote(
                 Ragged.of([prompts[row] for row in share], np.int32),
@@ -88,7 +84,11 @@ class Roles:
                 self.config.seed,
                 self.config.learner.tokens_per_micro_batch,
             )
-            for engine, share in zip(self.engines, shares, strict=True)
+            for engine, share in zip(
+                self.engines,
+                shares(prompts.lengths + self.config.rollout.max_new_tokens, len(self.engines)),
+                strict=True,
+            )
             if share
         ]
         references, scorers = LeastLoaded(len(self.references)), LeastLoaded(len(self.rewards))
@@ -98,7 +98,7 @@ class Roles:
                 self.references[references.assign(1)].score.remote(trajectories) if self.references else None,
                 self.rewards[scorers.assign(1)].scores.remote(trajectories),
             )
-            for trajectories in self._arrivals(streams)
+            for trajectories in arrivals(streams, self.deadline_s, "rollout", "generating")
         ]
 
     def wait_scored(self, chunks: list[Chunk]) -> None:
@@ -189,7 +189,7 @@ class Roles:
                 Learner,
                 config,
                 rank,
-                config.reward.model is not None,
+                bool(config.reward.members),
                 self.evidence,
                 env=torch_environment(self._learner_threads()),
                 concurrency_groups={"control": 1},
@@ -215,7 +215,12 @@ class Roles:
             )
             for number in range(workers(config, "reference"))
         ]
-        self.rewards = [self._start_reward(number, one_thread) for number in range(roles.reward.replicas)]
+        self.rewards = [
+            place.start(
+                "reward", number, Rewards, config.reward, tokens, config.device, config.policy, trust, env=one_thread
+            )
+            for number in range(roles.reward.replicas)
+        ]
 
         address = fetch(self.ranks[0].open_store.remote(), self.deadline_s, "learner rank 0", "starting")
         started = [rank.start.remote(address, self.optimizer_steps) for rank in self.ranks]
@@ -227,19 +232,6 @@ class Roles:
         fetch(
             [rank.connect.remote(self.engines, backend) for rank in senders], self.deadline_s, "learner", "connecting"
         )
-
-    def _start_reward(self, number: int, env: dict[str, str]) -> Any:
-        config = self.config
-        source, trust = config.reward, config.trust_remote_code
-        arguments: tuple[Any, ...]
-        if source.model is not None:
-            kind: Any = rewards.RewardModel
-            arguments = (source.model, config.learner.tokens_per_micro_batch, config.device, trust)
-        elif source.function is not None:
-            kind, arguments = rewards.RewardFunction, (source.function, source.deadline_s, config.policy, trust)
-        else:
-            kind, arguments = rewards.RewardServer, (source.url, source.deadline_s, config.policy, trust)
-        return self.placement.start("reward", number, kind, *arguments, env=env)
 
     def _rollout_settings(self, backend: str) -> rollout.RolloutSettings:
         config = self.config
@@ -265,7 +257,7 @@ class Roles:
         machines = {
             node
             for role in ("rollout", "learner")
-            for node in self.placement.machines(role)  # type: ignore[arg-type]
+            for node in self.placement.machines(role, workers(self.config, role))
         }
         return len(machines) == 1, shared
 
@@ -275,23 +267,6 @@ class Roles:
             return max(1, int(self.config.roles.cpus))
         cores = min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
         return max(1, int(cores // self.config.roles.learner.ranks))
-
-    def _arrivals(self, streams: list[Any]) -> Iterator[Any]:
-        """References to chunks as engines finish them. A stream that breaks yields the reference of its error."""
-        waited = 0.0
-        while streams:
-            interrupts.Interrupt.check()
-            ready, _ = ray.wait(streams, num_returns=1, timeout=0.5, fetch_local=False)
-            waited = 0.0 if ready else waited + 0.5
-            if waited > self.deadline_s:
-                raise late("rollout", "generating", self.deadline_s)
-            for stream in ready:
-                try:
-                    yield next(stream)
-                except StopIteration:
-                    streams.remove(stream)
-                except ray.exceptions.RayError as error:
-                    raise explained(error, "rollout", "generating") from error
 
     def _all_ranks(self, method: str, *arguments: Any, doing: str) -> list[Any]:
         refs = [getattr(rank, method).remote(*arguments) for rank in self.ranks]

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from rlhf_ray.config.supervised import SFTConfig, SupervisedConfig
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.rows import SFTExample, sft_examples
-from rlhf_ray.models import load
-from rlhf_ray.models.heads import TokenLogprobs
 from rlhf_ray.models.packed import Packed
 from rlhf_ray.records import Ragged
 from rlhf_ray.stages import supervised
-from rlhf_ray.stages.supervised_rank import Objective, Rows
+from rlhf_ray.stages.supervised_rank import Objective, Rows, language_model
 from rlhf_ray.telemetry.tracker import Tracker
 
 
@@ -46,13 +44,11 @@ class NextToken(Objective):
         self.masks = Ragged.of([example.loss_mask for example in examples], np.bool_)
         self.lengths = self.ids.lengths.astype(np.int64)
         # Nothing predicts a row's first token.
+        self.sources = np.array([example.source for example in examples])
         self.weights = np.array([int(example.loss_mask[1:].sum()) for example in examples])
 
     def module(self, config: SupervisedConfig) -> nn.Module:
-        module = TokenLogprobs(load.causal_lm(config.model, config.device, config.trust_remote_code), temperature=1.0)
-        if config.training.zero.stage == 3:
-            module.keep_in_step(config.training.tokens_per_micro_batch)
-        return module
+        return language_model(config)
 
     def forward(self, engine: Any, rows: Rows, device: torch.device) -> Tensor:
         packed = Packed.masked([self.ids[row] for row in rows], [self.masks[row] for row in rows], device)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray import interrupts
 from rlhf_ray.config.layout import Group
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.data.order import held_out_split
+from rlhf_ray.data.order import held_out_by_source
 from rlhf_ray.errors import (
     ConfigError,
     DeadlineError,
@@ -25,7 +26,7 @@ from rlhf_ray.errors import (
     TrainingError,
 )
 from rlhf_ray.models import load
-from rlhf_ray.runtime import interrupts, session
+from rlhf_ray.runtime import session
 from rlhf_ray.runtime.deadlines import fetch
 from rlhf_ray.runtime.environment import ray_train_environment, torch_environment
 from rlhf_ray.runtime.feed import At, Failed, Feed, Joined, Logged, Saved, Word
@@ -70,13 +71,14 @@ def check_lengths(config: SupervisedConfig, longest_sequence: int, longest_row: 
 
 def train(config: SupervisedConfig, objective: Objective, tracker: Tracker, address: str | None) -> dict[str, Any]:
     """Trains on what `objective` holds; returns the summary. Any failure is an RLHFError, workers gone."""
-    learn, held_out = held_out_split(len(objective.lengths), config.training.held_out_share, config.seed)
+    learn, held_out = held_out_by_source(objective.sources, config.training.held_out_share, config.seed)
+    job = Job(_with_absolute_paths(config), objective, learn, held_out, str(tracker.folder.checkpoints))
+    job.order()  # a source that it cannot give rows is refused before Ray starts
     with session.connect(address), interrupts.stoppable():
         import ray
 
         _check_resources(config)
         feed = ray.remote(Feed).options(num_cpus=0).remote()
-        job = Job(_with_absolute_paths(config), objective, learn, held_out, str(tracker.folder.checkpoints))
         try:
             return Run(job, feed, tracker).finish()
         finally:
@@ -92,7 +94,7 @@ class Run:
         """Words heard so far."""
         self.doing = "starting"
         self.steps: list[Logged] = []
-        self.saved: str | None = None
+        self.saved: Saved | None = None
         self.failed: list[Failed] = []
         self.workers: list[Any] = []
         self.progress: Progress | None = None
@@ -108,7 +110,8 @@ class Run:
             with interrupts.Interrupt.deferred():
                 fetch(self.feed.ask_stop.remote(), ENDING_S, "the feed", "asking the workers to stop")
                 self._listen(fit)
-            raise StopRequested(f"{stop}; the model as it was is saved in '{self.saved}'") from None
+            where = self.saved.path if self.saved else None
+            raise StopRequested(f"{stop}; the model as it was is saved in '{where}'") from None
         finally:
             self._end(fit)
         return self._summary(time.monotonic() - started)
@@ -150,8 +153,8 @@ class Run:
                     self.progress = self.tracker.progress(self.job.steps, self.tracker.stage)
                 else:
                     self.progress.advance(loss=metrics[self._loss])
-            case Saved(path):
-                self.saved = path
+            case Saved():
+                self.saved = word
             case Failed():
                 self.failed.append(word)
 
@@ -187,11 +190,13 @@ class Run:
         measured = {}
         if held_out:
             measured = {"held_out_first": _held_out(held_out[0]), "held_out_last": _held_out(held_out[-1])}
+        assert self.saved is not None
         return {
-            "model": self.saved,
+            "model": self.saved.path,
             "loss_first": losses[0],
             "loss_last": sum(last) / len(last),
             **measured,
+            **self.saved.report,
             "steps": len(losses),
             "rows": len(self.job.train),
             "rows_held_out": len(self.job.held_out),
@@ -276,8 +281,7 @@ def _check_resources(config: SupervisedConfig) -> None:
     import ray
 
     bundles = tuple(_worker_resources(config) for _ in range(config.workers.ranks))
-    workers = Group(("workers",), bundles)  # type: ignore[arg-type]  # no role of PPO, but the same arithmetic
-    lacking = shortage([workers], [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    lacking = shortage([Group(("workers",), bundles)], [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if lacking:
         raise ResourceError(f"{lacking}. Ask for less in `workers`, or add machines")
 

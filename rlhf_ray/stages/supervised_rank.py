@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from rlhf_ray.config.supervised import SupervisedConfig
-from rlhf_ray.data.order import SampleOrder
+from rlhf_ray.data.order import MixedOrder, SampleOrder
 from rlhf_ray.data.packing import balanced, micro_batches
 from rlhf_ray.data.templates import ensure_chat_template
 from rlhf_ray.errors import RLHFError, TrainingError
 from rlhf_ray.models import load, zero
 from rlhf_ray.models.device import torch_device
+from rlhf_ray.models.heads import TokenLogprobs
 from rlhf_ray.runtime import checkpoints
 from rlhf_ray.runtime.feed import At, Failed, Joined, Logged, Saved, Word
 
@@ -62,6 +63,8 @@ class Objective(Measured):
 
     weights: NDArray[np.int64]
     """[rows] what each row adds to the count that a step's loss is divided by."""
+    sources: NDArray[np.str_]
+    """[rows] name of the source that each row came from."""
 
     @abstractmethod
     def module(self, config: SupervisedConfig) -> nn.Module:
@@ -85,8 +88,20 @@ class Objective(Measured):
     def held_out_metrics(self, outputs: Tensor, rows: Rows) -> dict[str, float]:
         """What is measured on rows kept from training."""
 
+    def after_step(self, engine: Any, step: int) -> dict[str, float]:
+        """What follows optimiser step `step`, or, as step 0, the model's loading; more metrics. A collective."""
+        return {}
+
+    def beside(self, engine: Any) -> dict[str, dict[str, Tensor]]:
+        """Files of tensors that are saved with the model, by path in its folder. A collective; rank 0 writes."""
+        return {}
+
     def describe(self, model_config: Any, outputs: Tensor) -> None:
         """Notes in the model's config.json, before it is saved, what `outputs` on held-out rows say of it."""
+
+    def report(self, outputs: Tensor, rows: Rows) -> dict[str, Any]:
+        """What the run's summary says, besides metrics, of held-out rows with `outputs`."""
+        return {}
 
     def loss(self, outputs: Tensor, rows: Rows) -> Tensor:
         """[] mean over the count of `rows`."""
@@ -108,6 +123,13 @@ class Job:
     def steps(self) -> int:
         training = self.config.training
         return math.ceil(training.epochs * len(self.train) / training.sequences_per_step)
+
+    def order(self) -> SampleOrder:
+        """In which places in `train` are trained on."""
+        weights, seed = self.config.data.weights, self.config.seed
+        if weights is None:
+            return SampleOrder(len(self.train), seed)
+        return MixedOrder(self.objective.sources[self.train], weights, seed)
 
     def ends_epoch(self, step: int) -> bool:
         """Whether the rows drawn up to `step` (from 1) complete an epoch that those before it did not."""
@@ -178,11 +200,12 @@ class Rank:
         del sharded
         self.engine = zero.make_engine(self.module, training.optimizer, training.zero, config.device, job.steps)
         self.engine.train()
+        job.objective.after_step(self.engine, 0)
 
     def train(self) -> None:
         """All steps, measuring held-out rows before the first and after every epoch; saves the model."""
         config, training = self.job.config, self.job.config.training
-        order = SampleOrder(len(self.job.train), config.seed)
+        order = self.job.order()
         self._note_reference()
         self._log(0, self._measure(0))
         left = training.epochs * len(self.job.train)
@@ -225,7 +248,8 @@ class Rank:
                 "rate too high and a model whose weights are not finite"
             )
         norm = zero.step(self.engine, f"step {step}")
-        return {**objective.step_metrics(outputs, rows), "lr/model": learning_rate, "model/grad_norm": norm}
+        metrics = objective.step_metrics(outputs, rows) | objective.after_step(self.engine, step)
+        return {**metrics, "lr/model": learning_rate, "model/grad_norm": norm}
 
     def _note_reference(self) -> None:
         measure = partial(self._outputs, "measuring the model before its training")
@@ -260,12 +284,16 @@ class Rank:
         """Writes the model as a Hugging Face folder. A collective; rank 0 writes."""
         config = self.job.config
         self._at(f"saving checkpoint '{name}'")
+        report: dict[str, Any] = {}
         if len(self.job.held_out):
-            self.job.objective.describe(self.module.model.config, self._held_out_outputs(step))
+            outputs = self._held_out_outputs(step)
+            self.job.objective.describe(self.module.model.config, outputs)
+            report = self.job.objective.report(outputs, self.job.held_out)
         weights = {
             name: weight.cpu().clone() if self.rank == 0 else None
             for name, weight in zero.whole_weights(self.engine, self.module.model.named_parameters())
         }
+        beside = self.job.objective.beside(self.engine)
         if self.rank > 0:
             return
         tokens = training_tokenizer(config)
@@ -273,12 +301,12 @@ class Rank:
         place = checkpoints.write(
             Path(self.job.checkpoints),
             name,
-            lambda folder: load.save(self.module.model, tokens, folder, weights),
+            lambda folder: load.save(self.module.model, tokens, folder, weights, beside),
             {"step": step},
             config.checkpoint.keep,
-            sum(weight.nbytes for weight in weights.values() if weight is not None),
+            sum(t.nbytes for tensors in (weights, *beside.values()) for t in tensors.values() if t is not None),
         )
-        self._tell(Saved(str(place)))
+        self._tell(Saved(str(place), report))
 
     def _passes(self, measured: Measured, rows: Rows) -> list[Pass]:
         budget = self.job.config.training.tokens_per_micro_batch
@@ -315,6 +343,14 @@ class Table:
         """The whole table on every rank, on the CPU. A collective."""
         distributed.all_reduce(self.values)
         return self.values.cpu()
+
+
+def language_model(config: SupervisedConfig) -> TokenLogprobs:
+    """What an objective on log-probabilities of tokens trains."""
+    module = TokenLogprobs(load.causal_lm(config.model, config.device, config.trust_remote_code), temperature=1.0)
+    if config.training.zero.stage == 3:
+        module.keep_in_step(config.training.tokens_per_micro_batch)
+    return module
 
 
 def training_tokenizer(config: SupervisedConfig) -> "PreTrainedTokenizerBase":

@@ -6,6 +6,7 @@ Nothing is logged that does not stand here, and `docs/metrics.md` is generated f
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Metric:
     name: str
+    """What stands in <> is a name that the configuration gives."""
     unit: str
     meaning: str
     reduction: str
@@ -29,6 +31,8 @@ PAIRS = "mean over held-out pairs"
 SUM = "sum"
 MAX = "max over answer tokens"
 LAST = "last value"
+BLOCK = "over a block of prompts"
+QUESTIONS = "mean over questions"
 
 _DPO = (
     Metric("dpo/loss", "loss", "the chosen loss: sigmoid, ipo or kto", "mean over pairs, with kto over answers"),
@@ -49,6 +53,41 @@ _DPO = (
         "kto's reference point: log pi - log reference of answers to other prompts, at least 0",
         SEQUENCES,
     ),
+)
+
+_MEAN_OF_ANSWERS = "over answers, of each one's mean over its tokens"
+_ILQL = (
+    Metric("ilql/loss", "loss", "all four losses below, the conservative one by its weight `cql`", TOKENS),
+    Metric("ilql/td_loss", "reward^2", "(Q - y)^2 of both heads, y = r + gamma V of the next state", TOKENS),
+    Metric("ilql/expectile_loss", "reward^2", "what V is off the expectile of Qhat", TOKENS),
+    Metric("ilql/conservative_loss", "nats/token", "log sum exp Q - Q of the token taken, of both heads", TOKENS),
+    Metric("ilql/awac_loss", "nats/token", "cross-entropy, weighed by exp(awac_beta * advantage)", TOKENS),
+    Metric("ilql/cross_entropy", "nats/token", "the same without weights", TOKENS),
+    Metric("ilql/advantage", "reward", "Qhat, the smaller target's, less V", TOKENS),
+    Metric("ilql/advantage_std", "reward", "spread of advantages", "standard deviation over answer tokens"),
+    *(
+        Metric(f"ilql/{name}_p{share}", "reward", f"{what}: {share}% of answers have less", _MEAN_OF_ANSWERS)
+        for name, what in (("q", "Qhat of the tokens taken"), ("v", "V of the states"))
+        for share in (10, 50, 90)
+    ),
+)
+
+_HELD_OUT = (
+    Metric("accuracy_held_out", "share", "reward/accuracy on held-out pairs", PAIRS),
+    Metric(
+        "length_controlled_accuracy_held_out",
+        "share",
+        "accuracy where the better answer is the longer, and where it is the shorter, each one half",
+        "mean of two means",
+    ),
+    Metric("margin_held_out", "score", "reward/margin on held-out pairs", PAIRS),
+    Metric(
+        "ece_held_out",
+        "share",
+        "expected calibration error: |confidence - accuracy| in bins of confidence",
+        "mean over held-out pairs",
+    ),
+    Metric("brier_held_out", "share^2", "(probability that chosen is better - label)^2", PAIRS),
 )
 
 SECTIONS: dict[str, tuple[Metric, ...]] = {
@@ -125,6 +164,15 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("rollout/prompts_dropped", "prompts", "not trained on: all their answers are paid alike", SUM),
         Metric("rollout/refills", "1", "times that prompts without signal were replaced", SUM),
     ),
+    "Where the reward has named parts, or several models": (
+        Metric("scores/<part>", "score", "what one of `reward.parts` gives, before its weight", SEQUENCES),
+        Metric(
+            "disagreement/<part>",
+            "score",
+            "standard deviation over an ensemble's members of an answer's score; <part> is `reward` if it has no name",
+            SEQUENCES,
+        ),
+    ),
     "PPO: data between processes": (
         Metric("wire/bytes", "bytes", "columns that crossed process boundaries, weights not counted", SUM),
         Metric("wire/bytes_per_token", "bytes/token", "wire/bytes by tokens/generated", "quotient"),
@@ -147,7 +195,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("time/checkpoint", "s", "writing checkpoints", SUM),
         Metric("time/other", "s", "everything else", SUM),
     ),
-    "SFT, reward model and DPO": (
+    "SFT, reward model, DPO and ILQL": (
         Metric("epoch", "epochs", "passes over the data so far, fractions included", LAST),
         Metric("lr/model", "1", "learning rate", LAST),
         Metric("model/grad_norm", "norm", "global norm of the gradient before clipping", LAST),
@@ -164,30 +212,82 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric("reward/margin", "score", "score of chosen - score of rejected", "mean over pairs"),
         Metric("reward/tokens", "tokens", "tokens of this step, both answers", SUM),
         Metric("reward/loss_held_out", "nats/pair", "reward/loss on held-out pairs", PAIRS),
-        Metric("reward/accuracy_held_out", "share", "reward/accuracy on held-out pairs", PAIRS),
-        Metric("reward/margin_held_out", "score", "reward/margin on held-out pairs", PAIRS),
-        Metric(
-            "reward/ece_held_out",
-            "share",
-            "expected calibration error: |confidence - accuracy| in bins of confidence",
-            "mean over held-out pairs",
+        *(Metric(f"reward/{m.name}", m.unit, m.meaning, m.reduction) for m in _HELD_OUT),
+        *(
+            Metric(f"reward/<source>/{m.name}", m.unit, f"reward/{m.name} of one of `data.sources`", m.reduction)
+            for m in _HELD_OUT
         ),
-        Metric("reward/brier_held_out", "share^2", "(probability that chosen is better - label)^2", PAIRS),
     ),
     "DPO": (
         *_DPO,
         Metric("dpo/tokens", "tokens", "tokens of this step, prompts included", SUM),
         *(Metric(f"{m.name}_held_out", m.unit, f"{m.name} of held-out rows", m.reduction) for m in _DPO),
     ),
+    "ILQL: rewards in units of their standard deviation, unless `scale_rewards` is off": (
+        *_ILQL,
+        Metric("ilql/tokens", "tokens", "answer tokens of this step", SUM),
+        Metric("ilql/target_distance", "1", "weight of a Q head - its target's", "root mean square over weights"),
+        Metric("ilql/target_syncs", "1", "times that targets moved: steps // sync_every", LAST),
+        *(Metric(f"{m.name}_held_out", m.unit, f"{m.name} of held-out rows", m.reduction) for m in _ILQL),
+    ),
+    "Evaluate": (
+        Metric(
+            "choices/<rule>", "share", "items of which the rule chooses the right answer, ties half", "mean over items"
+        ),
+        Metric(
+            "pairs/accuracy", "share", "pairs of which `reward` prefers the chosen answer, ties half", "mean over pairs"
+        ),
+        Metric("answers/<name>/<measure>", "score", "the measure of sampled answers", SEQUENCES),
+        Metric("answers/<name>/tokens", "tokens", "length of a sampled answer, EOS included", SEQUENCES),
+        Metric("answers/<name>/commonest_5gram", "share", "answers that have the commonest 5-gram of words", SEQUENCES),
+        Metric(
+            "duel/<name>/win_rate",
+            "share",
+            "pairs that the policy wins against the opponent, ties half",
+            "mean over pairs",
+        ),
+    ),
+    "Critique": (
+        Metric("critique/dropped_share", "share", "prompts that ended in a text cut short, empty or too long", BLOCK),
+        Metric("critique/changed_share", "share", "revisions that differ from the answer that they revise", BLOCK),
+        Metric("critique/tokens", "tokens", "tokens sampled", SUM),
+        Metric("critique/tokens_per_s", "tokens/s", "critique/tokens by the seconds of the block", "quotient"),
+    ),
+    "Judge": (
+        Metric(
+            "judge/position_bias", "share", "probability of (A), either answer standing there once, - 0.5", QUESTIONS
+        ),
+        Metric(
+            "judge/flip_rate",
+            "share",
+            "comparisons whose preference changes with the order; undecided in one order: half",
+            "mean over pairs and principles",
+        ),
+        Metric("judge/option_mass", "share", "probability that the judge says (A) or (B) at all", QUESTIONS),
+        Metric("judge/low_mass_share", "share", "questions whose judge/option_mass is below one half", QUESTIONS),
+        Metric(
+            "judge/spread",
+            "share",
+            "standard deviation over principles of p that the first answer is better",
+            "mean over pairs",
+        ),
+        Metric("judge/failed_share", "share", "questions that the judge did not answer", BLOCK),
+        Metric("judge/dropped_share", "share", "answers that are not compared: truncated, empty or identical", BLOCK),
+        Metric("judge/tokens", "tokens", "answers sampled, and what the judge read and wrote", SUM),
+        Metric("judge/tokens_per_s", "tokens/s", "judge/tokens by the seconds of the block", "quotient"),
+    ),
 }
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for section in SECTIONS.values() for metric in section}
 
 
+_FAMILIES = [re.compile(re.sub("<.*?>", "[A-Za-z0-9][A-Za-z0-9_-]*", name)) for name in CATALOGUE if "<" in name]
+
+
 def check(names: Iterable[str]) -> None:
     """ValueError when a name (the keys, given a dict) is not in the catalogue: a bug of ours."""
     for name in names:
-        if name not in CATALOGUE:
+        if name not in CATALOGUE and not any(family.fullmatch(name) for family in _FAMILIES):
             close = difflib.get_close_matches(name, CATALOGUE, n=1)
             meant = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(f"metric '{name}' is not in rlhf_ray/telemetry/catalogue.py{meant}")
@@ -202,7 +302,8 @@ def markdown() -> str:
         "",
         "Each line of a run's `metrics.jsonl` is one update (PPO) or optimiser step (SFT, reward model): its number",
         "`update`, its time `time` in Unix seconds, and metrics of the names below. A value that is not finite is",
-        "`null`. W&B gets the same names and values. A metric that could not be had is absent, never zero.",
+        "`null`. W&B gets the same names and values. A metric that could not be had is absent, never zero. What stands",
+        "in `<>` is a name that the configuration gives.",
     ]
     for title, section in SECTIONS.items():
         lines += ["", f"## {title}", "", "| Name | Unit | Meaning | Reduction |", "| --- | --- | --- | --- |"]

@@ -1,8 +1,9 @@
-"""The picture of a PPO run: what the reward says, what is true, and how far the policy went for it."""
+"""Pictures: of a PPO run, what the reward says, what is true, and how far the policy went for it; of a reward model,
+how far its confidence can be believed."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,34 @@ def plot_run(metrics_jsonl: Path, png: Path, gold: Sequence[Gold] | None = None)
     _line(kl, rows, "objective/kl", KL, "KL to reference\n(nats per answer)")
     kl.set_xlabel("Update")
     kl.xaxis.get_major_locator().set_params(integer=True)
+    figure.align_ylabels()
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=150)
+
+
+def plot_reliability(tables: Mapping[str, Mapping[str, Sequence[float]]], png: Path) -> None:
+    """Draws, one line a source, how often predictions of each confidence are right, and below how many there are.
+
+    `tables` are by source: columns `count`, `predicted` and `share`, a value for each bin of confidence in [0.5, 1].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    right, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _style(right, "Share of pairs in which it is right")
+    right.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", linewidth=1)
+    _style(counts, "Pairs")
+    for name, table in tables.items():
+        label = f"{name} ({sum(table['count']):g} pairs)"
+        right.plot(table["predicted"], table["share"], marker="o", markersize=4, label=label)
+        counts.plot(table["predicted"], table["count"], marker="o", markersize=4)
+        for place, count in zip(table["predicted"], table["count"], strict=True):
+            counts.annotate(f"{count:g}", (place, count), xytext=(0, 4), textcoords="offset points", fontsize=7)
+    right.legend(frameon=False)
+    counts.set_ylim(bottom=0)
+    counts.set_xlabel("Predicted probability of the answer that the model prefers")
     figure.align_ylabels()
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=150)

@@ -13,8 +13,8 @@ class Progress(ABC):
     """Use as a context manager, or `close` it."""
 
     @abstractmethod
-    def advance(self, **shown: Any) -> None:
-        """One update more is done; `shown` are a few values worth seeing, such as `score=1.2`."""
+    def advance(self, done: int = 1, **shown: Any) -> None:
+        """So many updates more are done; `shown` are a few values worth seeing, such as `score=1.2`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -57,8 +57,8 @@ class Bar(Progress):
         self._bar.start()
         self._task = self._bar.add_task(what, total=total, completed=done, shown="")
 
-    def advance(self, **shown: Any) -> None:
-        self._bar.update(self._task, advance=1, shown=_values(shown))
+    def advance(self, done: int = 1, **shown: Any) -> None:
+        self._bar.update(self._task, advance=done, shown=_values(shown))
 
     def close(self) -> None:
         self._bar.stop()
@@ -79,8 +79,8 @@ class Lines(Progress):
         self._now, self._out = now, out
         self._began, self._skipped = now(), done
 
-    def advance(self, **shown: Any) -> None:
-        self._done += 1
+    def advance(self, done: int = 1, **shown: Any) -> None:
+        self._done += done
         each_s = (self._now() - self._began) / (self._done - self._skipped)
         eta = _duration(each_s * max(0, self._total - self._done))
         parts = [time.strftime("%H:%M:%S"), f"{self._what} {self._done}/{self._total}", _values(shown), f"eta {eta}"]

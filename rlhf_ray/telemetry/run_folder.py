@@ -1,7 +1,8 @@
 """The folder of one run: what it was told, what it measured, what it made.
 
 A folder never holds two runs: a second run of the same name is refused while the first is alive, and after it as soon
-as the first left anything worth keeping. One that died before its first update leaves nothing, and is replaced.
+as the first left anything worth keeping. One that died before its first update leaves nothing, and is replaced. A stage
+that can go on where it stopped does so when the same configuration is run again, and never with another one.
 
 Numbers that are not finite are written as `null`: JSON has no NaN, and readers fail on Python's spelling of it.
 """
@@ -27,7 +28,7 @@ from rlhf_ray.telemetry.secrets import redact_values
 class RunFolder:
     """`<output_dir>/<name>/`. ConfigError when it belongs to another run; ResourceError when the disk refuses."""
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, resumable: bool = False) -> None:
         self.path = Path(config.output_dir).absolute() / config.name
         self.config = self.path / "config.yaml"
         """The resolved configuration, secrets masked."""
@@ -47,7 +48,8 @@ class RunFolder:
             self._metrics = self.metrics.open("a", encoding="utf-8")
             try:
                 _lock(self._metrics, self.path)
-                self._refuse_results()
+                if not (resumable and self._is_unfinished(config)):
+                    self._refuse_results()
                 write_atomically(self.config, _masked(config))
                 self._samples = self.samples.open("a", encoding="utf-8")
             except BaseException:
@@ -80,6 +82,10 @@ class RunFolder:
                 f"choose another name= or output_dir=, or remove that file"
             ) from None
         self.checkpoints.mkdir(exist_ok=True)
+
+    def _is_unfinished(self, config: StageConfig) -> bool:
+        """Whether an earlier run of this very configuration began here and did not reach its summary."""
+        return self.config.exists() and self.config.read_text() == _masked(config) and not self.summary.exists()
 
     def _refuse_results(self) -> None:
         results = (self.metrics, self.samples, self.summary, self.checkpoints, self.model)

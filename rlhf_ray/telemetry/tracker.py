@@ -24,11 +24,11 @@ class Tracker:
     ...     bar.advance(kl=0.0)
     """
 
-    def __init__(self, config: StageConfig, stage: str) -> None:
+    def __init__(self, config: StageConfig, stage: str, resumable: bool = False) -> None:
         self.stage, self._config = stage, config
         self._wandb: WandbClient | None = None
         self._progress: progress.Progress | None = None
-        self.folder = RunFolder(config)
+        self.folder = RunFolder(config, resumable)
 
     def __enter__(self) -> "Tracker":
         chosen = mode(self._config.telemetry.wandb)

@@ -7,9 +7,10 @@ import torch
 from batches import FOUR, GAE, TWO, batch, config, made, policy, sampled
 
 from rlhf_ray.actors.experience import ADVANTAGES, Batch, build, final_scores
-from rlhf_ray.config.ppo import AnyAlgorithm
+from rlhf_ray.config.ppo import AnyAlgorithm, PPOConfig
 from rlhf_ray.errors import RewardError, TrainingError
 from rlhf_ray.records import Finish
+from rlhf_ray.telemetry import catalogue
 from tests.test_records import trajectories
 
 
@@ -143,6 +144,21 @@ def test_tokens_far_from_what_the_engine_said_are_masked_when_asked() -> None:
     assert experience.metrics["correction/clipped_share"] == pytest.approx(1 / 3)
 
 
+def test_details_of_a_score_keep_to_their_answers_and_are_means_by_their_names() -> None:
+    told = config()
+    parts = {"a": {"models": ["m", "n"]}, "b": {"function": "f:g"}}
+    told = PPOConfig.model_validate(told.model_dump() | {"reward": {"parts": parts}})
+    chunk = trajectories([[1], [2]], TWO)
+    table = np.array([[3.0, 1.0, 2.0, 0.5], [30.0, 10.0, 20.0, 1.5]], np.float32)
+    some = Batch.gather([(chunk, sampled([-1.0, -1.5, -2.0]), table)]).take(np.array([1, 0]))
+    assert some.scores.tolist() == [30, 3] and some.details.tolist() == table[::-1, 1:].tolist()
+    metrics = build(some, policy([-1.0, -1.5, -2.0]), torch.zeros(3), told, 0.1).metrics
+    assert metrics["objective/scores"] == 16.5
+    named = {name: metrics[name] for name in ("scores/a", "scores/b", "disagreement/a")}
+    assert named == {"scores/a": 5.5, "scores/b": 11.0, "disagreement/a": 1.0}
+    catalogue.check(metrics)
+
+
 def test_the_order_in_which_chunks_arrive_changes_nothing() -> None:
     first = trajectories([[1], [2]], [(0, [10, 11]), (1, [12])])
     second = trajectories([[3]], [(0, [20, 21, 22])], first_id=2)
@@ -154,7 +170,7 @@ def test_the_order_in_which_chunks_arrive_changes_nothing() -> None:
     assert there.trajectories.sample_ids.tolist() == back.trajectories.sample_ids.tolist() == [0, 1, 2]
     assert there.reference.logprobs.tolist() == back.reference.logprobs.tolist() == [1, 2, 3, 4, 5, 6]
     assert torch.equal(there.scores, back.scores)
-    assert there.lengths.tolist() == back.lengths.tolist() == [3, 2, 4]
+    assert there.offsets.tolist() == back.offsets.tolist() == [0, 2, 3, 6]
 
 
 def test_a_chunk_with_a_column_of_the_wrong_length_is_refused() -> None:

@@ -12,7 +12,7 @@ from learner_ranks import ANSWERS, BETA, Ranks, config
 
 from rlhf_ray.actors.invariants import Found, of_experience, of_first_minibatch
 from rlhf_ray.actors.reference import Reference
-from rlhf_ray.config.ppo import RewardSource
+from rlhf_ray.config.rewards import RewardSection
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import load
 from rlhf_ray.models.heads import HEAD_CHUNK, TokenLogprobs
@@ -300,11 +300,15 @@ def test_evidence_that_cannot_be_written_does_not_hide_what_went_wrong(
 
 def test_secrets_do_not_reach_the_evidence(one: Ranks, policy: str, columns: tuple, tmp_path: Path) -> None:
     told = config(policy, on_breach="stop")
-    told = told.model_copy(update={"reward": RewardSource(url="http://user:hunter22@127.0.0.1/score")})
+    told = told.model_copy(
+        update={"reward": RewardSection(parts={"judge": {"url": "http://user:hunter22@127.0.0.1/score"}})}
+    )
+    trajectories, reference, scores = columns
     with pytest.raises(Exception, match="rlhf-ray replay"):
-        one.update(told, columns, tmp_path)
+        one.update(told, (trajectories, reference, np.stack([scores, scores], 1)), tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter22" in path.read_bytes()] == []
-    assert "7 answers" in replay(tmp_path / "update_000000")
+    said = replay(tmp_path / "update_000000")
+    assert "7 answers" in said and "scores/judge" in said
 
 
 def test_a_full_kl_that_is_not_zero_at_the_start_is_a_breach_though_that_of_the_tokens_is_zero(policy: str) -> None:

@@ -3,12 +3,16 @@ import math
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
-from rlhf_ray.actors.reward import ServerScores, _guarded, checked, imported
+from rlhf_ray.actors.reward import RewardModel, Rewards, ServerScores, _guarded, checked, imported
+from rlhf_ray.config.rewards import RewardSection
 from rlhf_ray.errors import RewardError
+from tests.test_records import trajectories
 
 
 class Server:
@@ -125,3 +129,60 @@ def test_a_function_that_hangs_ends_at_the_deadline() -> None:
 def test_an_import_path_that_leads_nowhere_says_where_it_ends(path: str, message: str) -> None:
     with pytest.raises(RewardError, match=message):
         imported(path)
+
+
+# Several rewards
+
+ANSWERS = trajectories([[7, 8], [9]], [(0, [10, 11, 1]), (1, [12, 1]), (0, [13])])
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(response.replace(" ", ""))) for response in responses]
+
+
+def nothing(prompts: list[str], responses: list[str]) -> list[float]:
+    return [math.nan for _ in responses]
+
+
+@pytest.fixture(scope="module")
+def members(reward_model: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [reward_model, tiny.write_reward_model(tmp_path_factory.mktemp("member"), seed=5)]
+
+
+def rewards(policy: str, **reward: Any) -> Rewards:
+    return Rewards(RewardSection.model_validate(reward), 64, "cpu", policy, False)
+
+
+def test_rewards_add_up_by_their_weights_and_their_own_scores_and_disagreement_travel_along(
+    policy: str, members: list[str]
+) -> None:
+    parts = {
+        "good": {"models": members, "combine": {"name": "uncertainty", "coefficient": 0.5}, "weight": 2},
+        "brief": {"function": f"{__name__}:letters", "weight": -0.25},
+        "plain": {"model": members[0], "weight": 0},
+    }
+    table = rewards(policy, parts=parts).scores(ANSWERS)
+    first, second = (RewardModel(path, 64, "cpu", False).scores(ANSWERS).astype(np.float64) for path in members)
+    good = (first + second) / 2 - 0.5 * (first - second) ** 2 / 4
+    brief = [2.0, 1.0, 1.0]  # the end of a sequence is no letter
+    assert table.dtype == np.float32 and table.shape == (3, 5)
+    expected = [2 * good - 0.25 * np.array(brief), good, brief, first, abs(first - second) / 2]
+    np.testing.assert_allclose(table, np.stack(expected, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("combine", "width"), [("mean", 2), ("worst", 2), ("weights", 1)])
+def test_an_ensemble_alone_is_one_score_and_its_disagreement_unless_its_weights_were_averaged(
+    policy: str, members: list[str], combine: str, width: int
+) -> None:
+    table = rewards(policy, models=members, combine=combine).scores(ANSWERS)
+    assert table.shape == (3, width)
+    first, second = (RewardModel(path, 64, "cpu", False).scores(ANSWERS) for path in members)
+    if combine != "weights":
+        expected = np.minimum(first, second) if combine == "worst" else (first + second) / 2
+        np.testing.assert_allclose(table[:, 0], expected, atol=1e-5)
+
+
+def test_a_part_that_fails_is_an_error_whatever_its_weight(policy: str, reward_model: str) -> None:
+    parts = {"plain": {"model": reward_model}, "broken": {"function": f"{__name__}:nothing", "weight": 0}}
+    with pytest.raises(RewardError, match=r"reward.function .*:nothing: score 0 of 3 is nan"):
+        rewards(policy, parts=parts).scores(ANSWERS)

@@ -97,6 +97,59 @@ def test_scoring_leaves_the_sampler_as_it_was(engines, rollout_models):
 
 
 @pytest.mark.real
+def test_another_temperature_than_the_sampler_s_can_be_asked_for(engines, rollout_models):
+    sequences, lengths = prompts_of(3, 30), np.array([10, 29, 1], np.int32)
+    found = ray.get(engines[UNTIED].logprobs.remote(sequences, lengths, 1.0))
+    model = learner_model(rollout_models["untied"])
+    expected = oracle(model, [sequences[row] for row in range(3)], lengths.tolist(), 1.0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "options",
+    [[[17], [90]], [[17, 30, 9], [17, 31, 9]], [[40], [8, 9, 10, 11], [40, 12]]],
+    ids=["one token", "several tokens", "of different lengths"],
+)
+@pytest.mark.parametrize(("index", "folder"), [(UNTIED, "untied"), (TIED, "tied")])
+def test_options_have_the_summed_log_probabilities_of_a_plain_forward_pass_at_temperature_1(
+    engines, rollout_models, index, folder, options
+):
+    contexts = [prompts_of(1, length, length)[0] for length in (40, 1, 200, 7)]
+    model = learner_model(rollout_models[folder])
+    expected = [
+        [oracle(model, [np.concatenate([context, option])], [len(context)], 1.0).sum() for option in options]
+        for context in contexts
+    ]
+    for _ in range(2):  # the second time around with a full prefix cache
+        found = ray.get(engines[index].option_logprobs.remote(Ragged.of(contexts, np.int32), Ragged.of(options, int)))
+        assert found.dtype == np.float32 and found.shape == (4, len(options))
+        np.testing.assert_allclose(found, expected, atol=3e-4)
+
+
+@pytest.mark.real
+def test_options_are_scored_up_to_the_longest_sequence_and_leave_the_sampler_as_it_was(engines, rollout_models):
+    model = learner_model(rollout_models["untied"])
+    context = prompts_of(1, 383)[0]
+    for options in ([[9], [10]], [[9, 9], [9, 10]]):
+        contexts = Ragged.of([context[: 384 - len(options[0])]], np.int32)
+        found = ray.get(engines[UNTIED].option_logprobs.remote(contexts, Ragged.of(options, int)))
+        rows = [np.concatenate([contexts[0], option]) for option in options]
+        expected = [oracle(model, [row], [len(contexts[0])], 1.0).sum() for row in rows]
+        np.testing.assert_allclose(found[0], expected, atol=3e-4)
+    answers = generate(engines[UNTIED], prompts_of(2, 20), [0, 3])
+    np.testing.assert_allclose(answers.sampler_logprobs, oracle_of(model, answers, 0.7), atol=1e-4)
+
+
+@pytest.mark.real
+def test_a_context_that_cannot_be_scored_is_an_error_and_harms_no_later_one(engines):
+    options = Ragged.of([[9], [10]], np.int32)
+    with pytest.raises(Exception, match="vLLM refused a prompt of 400 tokens"):
+        ray.get(engines[UNTIED].option_logprobs.remote(Ragged.of([[9, 9], np.full(400, 9)], np.int32), options))
+    assert np.isfinite(ray.get(engines[UNTIED].option_logprobs.remote(prompts_of(2, 5), options))).all()
+
+
+@pytest.mark.real
 def test_each_prompt_has_its_own_samples_and_ids(engines):
     prompts = prompts_of(5, 12)
     answers = generate(engines[UNTIED], prompts, [100, 103, 106, 109, 112])

@@ -5,7 +5,7 @@ to: no scan, no algebra to save work, no helper of the package. Ragged batches a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 Floats = Sequence[float]
@@ -223,3 +223,80 @@ def expected_calibration_error(probabilities: Floats, labels: Floats, bins: int)
         agreement = math.fsum(agreement for _, agreement in pairs) / len(pairs)
         error += len(pairs) / len(probabilities) * abs(confidence - agreement)
     return error
+
+
+# Implicit Q-learning
+
+
+def q_learning(
+    rewards: Floats,
+    values: Floats,
+    logprobs: Floats,
+    q1: Floats,
+    q2: Floats,
+    target_q: Floats,
+    offsets: Ints,
+    gamma: float,
+    tau: float,
+    beta: float,
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Of each token: y, the loss of both Q, of V, and of the policy."""
+    y, of_q, of_v, of_policy = [], [], [], []
+    for span in spans(offsets):
+        for place in span:
+            ends = place == span[-1]
+            target = rewards[place] + gamma * (0 if ends else values[place + 1])
+            gap = target_q[place] - values[place]
+            y.append(target)
+            of_q.append((q1[place] - target) ** 2 + (q2[place] - target) ** 2)
+            of_v.append(abs(tau - (1 if gap < 0 else 0)) * gap**2)
+            of_policy.append(math.exp(beta * gap) * -logprobs[place])
+    return y, of_q, of_v, of_policy
+
+
+def expectile(x: Floats, weights: Floats, tau: float) -> float:
+    """Where tau E[(x - m)+] = (1 - tau) E[(m - x)+], by bisection."""
+    low, high = min(x), max(x)
+    for _ in range(200):
+        middle = (low + high) / 2
+        above = sum(weight * max(value - middle, 0) for value, weight in zip(x, weights, strict=True))
+        below = sum(weight * max(middle - value, 0) for value, weight in zip(x, weights, strict=True))
+        low, high = (middle, high) if tau * above > (1 - tau) * below else (low, middle)
+    return (low + high) / 2
+
+
+Transitions = Sequence[Sequence[tuple[int, int, float]]]
+"""Trajectories of (state, action, reward)."""
+Values = dict[int, float]
+ActionValues = dict[tuple[int, int], float]
+
+
+def expectile_values(data: Transitions, gamma: float, tau: float) -> tuple[Values, ActionValues]:
+    """V of states and Q of actions, each V the tau-expectile of Q over the data's actions there."""
+
+    def value(actions: Sequence[float]) -> float:
+        return expectile(actions, [1] * len(actions), tau)
+
+    return _iterated(data, gamma, value)
+
+
+def behaviour_values(data: Transitions, gamma: float) -> tuple[Values, ActionValues]:
+    return _iterated(data, gamma, lambda actions: sum(actions) / len(actions))
+
+
+def optimal_values(data: Transitions, gamma: float) -> tuple[Values, ActionValues]:
+    """Of the best policy that takes no action which the data never take."""
+    return _iterated(data, gamma, max)
+
+
+def _iterated(data: Transitions, gamma: float, value: Callable[[list[float]], float]) -> tuple[Values, ActionValues]:
+    """By value iteration; the model is what the data show, in which an action leads to one state or ends."""
+    steps = []
+    for trajectory in data:
+        for (state, action, reward), after in zip(trajectory, [*trajectory[1:], None], strict=True):
+            steps.append((state, action, reward, None if after is None else after[0]))
+    v = {state: 0.0 for state, *_ in steps}
+    for _ in range(300):
+        q = {(s, a): r + gamma * (v[then] if then is not None else 0) for s, a, r, then in steps}
+        v = {state: value([q[s, a] for s, a, *_ in steps if s == state]) for state in v}
+    return v, q

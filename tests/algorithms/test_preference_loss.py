@@ -20,6 +20,8 @@ from rlhf_ray.algorithms.preference_loss import (
     ipo,
     kto,
     kto_reference_point,
+    length_controlled_accuracy,
+    reliability,
 )
 from rlhf_ray.config.supervised import DPOConfig
 
@@ -122,6 +124,54 @@ def test_measures_do_not_depend_on_which_of_a_pair_is_named_first(measure, pairs
     swapped = torch.tensor([swaps >> place & 1 for place in range(len(pairs))], dtype=torch.bool)
     other = [torch.where(swapped, 1 - x, x) for x in (probabilities, labels)]
     torch.testing.assert_close(measure(*other), measure(probabilities, labels))
+
+
+def test_the_table_of_reliability_by_hand() -> None:
+    # Confidences 0.62, right; 0.64, wrong by a label of a quarter; 0.96, right though named the other way round.
+    probabilities, labels = torch.tensor([0.62, 0.64, 0.04]), torch.tensor([1.0, 0.25, 0.0])
+    found = reliability(probabilities, labels)
+    assert found.counts.tolist() == [0, 0, 2, 0, 0, 0, 0, 0, 0, 1]
+    assert found.confidence[[2, 9]].tolist() == pytest.approx([0.63, 0.96])
+    assert found.agreement[[2, 9]].tolist() == pytest.approx([0.625, 1.0])
+    assert found.confidence[0].isnan() and found.agreement[0].isnan()
+
+
+Pairs = st.lists(st.tuples(Probability, Probability), min_size=1, max_size=40)
+
+
+@given(Pairs)
+def test_the_calibration_error_is_the_tables_mean_gap(pairs) -> None:
+    predicted, labels = (torch.tensor(pairs, dtype=torch.float64) * 64).round().div(64).T
+    gaps: dict[int, float] = defaultdict(float)
+    for probability, label in zip(predicted.tolist(), labels.tolist(), strict=True):
+        confidence = max(probability, 1 - probability)
+        right = 0.5 if probability == 0.5 else label if probability > 0.5 else 1 - label
+        gaps[min(int((confidence - 0.5) / 0.05 + 1e-9), 9)] += confidence - right
+    expected = sum(map(abs, gaps.values())) / len(pairs)
+    assert expected_calibration_error(predicted, labels).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_length_controlled_accuracy_weighs_both_sides_alike() -> None:
+    # Better answer longer: right, right, wrong. Better answer shorter: wrong (named better first), right (named last).
+    probabilities = torch.tensor([0.9, 0.8, 0.3, 0.2, 0.1, 0.9, 0.9])
+    labels = torch.tensor([1.0, 0.9, 1.0, 1.0, 0.2, 1.0, 0.5])
+    lengths = torch.tensor([[5, 2], [5, 2], [5, 2], [2, 5], [5, 2], [4, 4], [5, 2]])  # the last two belong to no side
+    assert length_controlled_accuracy(probabilities, labels, lengths).item() == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.3, 1.0]), st.integers(1, 9), st.integers(1, 9)), max_size=20))
+def test_preferring_the_longer_answer_is_as_good_as_a_coin(pairs) -> None:
+    pairs = [(1.0, 2, 1), (1.0, 1, 2), *pairs]  # one on each side
+    labels = torch.tensor([pair[0] for pair in pairs])
+    lengths = torch.tensor([pair[1:] for pair in pairs])
+    longer = (lengths[:, 0] - lengths[:, 1]).sign() * 0.4 + 0.5
+    assert length_controlled_accuracy(longer, labels, lengths).item() == pytest.approx(0.5)
+    swapped = length_controlled_accuracy(1 - longer, 1 - labels, lengths.flip(1))
+    assert swapped.item() == pytest.approx(0.5)
+
+
+def test_a_side_without_pairs_has_no_length_controlled_accuracy() -> None:
+    assert length_controlled_accuracy(torch.tensor([0.9]), torch.tensor([1.0]), torch.tensor([[2, 1]])).isnan()
 
 
 # Direct preference learning

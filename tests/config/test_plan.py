@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.ilql import ILQLConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.config.plan import GIB, Batch, Bundles, plan, render
 from rlhf_ray.config.ppo import PPOConfig
-from rlhf_ray.config.supervised import RewardConfig, SFTConfig
+from rlhf_ray.config.supervised import RewardConfig, SFTConfig, SupervisedConfig
 
 CLUSTER_CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "ppo").glob("*.yaml"))
 
@@ -39,7 +40,7 @@ def on_gpus(policy: str, **sections: Any) -> PPOConfig:
     return ppo(policy, **({"device": "gpu", "roles": roles, "reward": {"model": policy}} | sections))
 
 
-def bytes_of(config: PPOConfig | SFTConfig) -> dict[tuple[str, str], tuple[int | None, int | None, int | None]]:
+def bytes_of(config: PPOConfig | SupervisedConfig) -> dict[tuple[str, str], tuple[int | None, int | None, int | None]]:
     return {(part.role, part.part): (part.weights, part.gradients, part.optimizer) for part in plan(config).memory}
 
 
@@ -79,6 +80,15 @@ def test_on_cpu_all_is_four_bytes_wide(tiny: str) -> None:
     }
 
 
+def test_heads_of_q_learning_are_trained_and_their_targets_are_whole_and_fp32(tiny: str) -> None:
+    # Each an MLP from 4 to 8 to one value or 10: V 5 * 8 + 9, Q 5 * 8 + 9 * 10, of which there are two.
+    both, heads = 2 * 130, 49 + 2 * 130
+    tree = {"name": "x", "model": tiny, "data": {"path": "d"}, "workers": {"ranks": 2}}
+    found = bytes_of(ILQLConfig.model_validate(tree))
+    assert found["worker", "model"] == (4 * TINY, 4 * TINY, 12 * TINY // 2)
+    assert found["worker", "heads"] == (4 * heads + 4 * both, 4 * heads, 12 * heads // 2)
+
+
 def test_without_sharding_fp32_needs_no_master_copy(tiny: str) -> None:
     config = ppo(tiny, learner={"zero": {"stage": 0}})
     assert bytes_of(config)["learner", "policy"] == (4 * TINY, 4 * TINY, 8 * TINY)
@@ -99,6 +109,21 @@ def test_each_zero_stage_divides_one_more_thing_by_the_four_ranks(
     config = on_gpus(tiny, learner={"zero": {"stage": stage}})
     assert bytes_of(config)["learner", "policy"] == expected
     assert bytes_of(config)["reward", "reward"] == (2 * TINY, None, None)
+
+
+def test_every_member_of_every_reward_is_counted_and_averaged_ones_are_one(tiny: str) -> None:
+    parts = {
+        "good": {"models": [tiny, tiny]},
+        "warm": {"models": [tiny, tiny, tiny], "combine": "weights"},
+        "plain": {"model": tiny},
+        "brief": {"function": "a:b"},
+    }
+    config = on_gpus(tiny, reward={"parts": parts})
+    memory = bytes_of(config)
+    assert [part for role, part in memory if role == "reward"] == ["good 1", "good 2", "warm", "plain"]
+    [bundle] = [bundle for bundle in plan(config).bundles if "reward" in bundle.roles]
+    assert bundle.bytes_per_device == (1 + 4) * 2 * TINY  # with the reference, on one GPU
+    assert "reward: good 2" in render(plan(config))
 
 
 def test_offload_takes_the_optimizer_off_the_gpu(tiny: str) -> None:

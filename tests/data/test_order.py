@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.data.order import SampleOrder, held_out_split
+from rlhf_ray.data.order import MixedOrder, SampleOrder, held_out_by_source, held_out_split, proportional
 from rlhf_ray.errors import DataError
 
 SIZE = st.integers(1, 30)
@@ -77,3 +77,75 @@ def test_held_out_rows_are_not_the_first_of_the_first_epoch():
     """numpy takes [seed] and [seed, 0] for the same entropy; one stream for both would tie split and order."""
     _, held_out = held_out_split(1000, 0.05, 3)
     assert set(held_out.tolist()) != set(SampleOrder(1000, 3).take(50).tolist())
+
+
+# Several sources
+
+NAMES = st.lists(st.sampled_from(["a", "b", "c"]), min_size=3, max_size=40)
+
+
+def mixed(counts, weights, seed=0):
+    """An order over `counts` samples of each source, source after source."""
+    return MixedOrder(np.repeat(list(counts), list(counts.values())), weights, seed)
+
+
+def test_an_epoch_has_each_sources_share_whatever_its_size():
+    order = mixed({"people": 3, "ai": 9}, {"people": 3, "ai": 1})
+    # 12 samples an epoch, 9 of 3 people's: all of them three times. 3 of the 9 others: all of them in three epochs.
+    epochs = [order.take(12) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch[epoch < 3]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert sorted(place for epoch in epochs for place in epoch[epoch >= 3]) == list(range(3, 12))
+
+
+def test_every_pass_over_a_source_is_shuffled_differently_and_sources_lie_mixed():
+    order = mixed({"a": 20, "b": 20}, {"a": 1, "b": 3})
+    epochs = [order.take(40) for _ in range(3)]
+    # Of the first source ten an epoch: two epochs are a pass, and the next begins with others.
+    first, second, third = ({*epoch[epoch < 20]} for epoch in epochs)
+    assert not first & second and first | second == set(range(20))
+    assert third not in (first, second)
+    assert 0 < (epochs[0][:10] < 20).sum() < 10
+
+
+@given(NAMES, SEED, st.lists(st.integers(0, 50), max_size=6), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
+def test_a_mix_depends_on_the_seed_alone_and_draws_no_sample_of_a_pass_twice(names, seed, takes, weights):
+    sources = np.array([*"abc", *names])
+    weights = dict(zip("abc", weights, strict=True))
+    try:
+        one, other = (MixedOrder(sources, weights, seed) for _ in range(2))
+    except DataError:
+        return
+    total = sum(takes)
+    taken = np.concatenate([np.empty(0, np.int64), *(one.take(n) for n in takes)])
+    assert taken.tolist() == other.take(total).tolist()
+    epochs = -(-total // len(sources))
+    whole = MixedOrder(sources, weights, seed).take(epochs * len(sources))
+    for name, count in one.counts.items():
+        times = np.bincount(whole[sources[whole] == name], minlength=len(sources))[sources == name]
+        assert times.sum() == epochs * count
+        assert np.ptp(times) <= 1
+
+
+@given(st.integers(0, 1000), st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+def test_shares_are_whole_add_up_and_are_off_by_less_than_one(total, weights):
+    counts = proportional(total, weights)
+    assert sum(counts) == total
+    for count, weight in zip(counts, weights, strict=True):
+        assert abs(count - total * weight / sum(weights)) < 1
+
+
+def test_a_source_that_would_be_given_no_sample_or_has_none_is_refused():
+    with pytest.raises(DataError, match=r"data.sources.b: 0 of the 10 rows of an epoch .* it has 1 to train on"):
+        mixed({"a": 9, "b": 1}, {"a": 1000, "b": 1})
+    with pytest.raises(DataError, match=r"data.sources.b: 5 of the 10 rows of an epoch .* it has 0 to train on"):
+        mixed({"a": 10}, {"a": 1, "b": 1})
+
+
+def test_every_source_is_held_out_in_part_and_one_source_as_if_it_had_no_name():
+    sources = np.array(["large"] * 50 + ["small"] * 4)
+    train, held_out = held_out_by_source(sources, 0.1, 7)
+    assert sorted([*train, *held_out]) == list(range(54))
+    assert (sources[held_out] == "large").sum() == 5 and (sources[held_out] == "small").sum() == 1
+    alone = held_out_by_source(np.full(30, ""), 0.1, 7)
+    assert [part.tolist() for part in alone] == [part.tolist() for part in held_out_split(30, 0.1, 7)]

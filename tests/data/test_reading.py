@@ -45,6 +45,15 @@ def test_json_lines_under_the_suffix_json_are_read_as_lines(tmp_path):
     assert [row.fields for row in read(path)] == ROWS
 
 
+def test_the_list_of_examples_in_one_object_is_read_by_number(tmp_path):
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"name": "of a benchmark", "examples": [*ROWS, 3]}, indent=1))
+    quarantine = Quarantine()
+    rows = read(path, quarantine)
+    assert [(row.line, row.fields) for row in rows] == [(1, ROWS[0]), (2, ROWS[1])]
+    assert quarantine.first == [f"{path}:3: not an object: found int"]
+
+
 def test_bad_lines_are_quarantined_by_their_line_and_the_others_are_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     deep, long = b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"

@@ -1,11 +1,20 @@
+import json
 import os
 
 import numpy as np
 import pytest
 
-from rlhf_ray.config.common import DataConfig
+from rlhf_ray.config.common import DataConfig, MixedDataConfig
 from rlhf_ray.data.quarantine import Quarantine
-from rlhf_ray.data.rows import judged_answers, preference_pairs, prompts, sft_examples
+from rlhf_ray.data.rows import (
+    candidates,
+    judged_answers,
+    labelled_pairs,
+    preference_pairs,
+    prompts,
+    rewarded_answers,
+    sft_examples,
+)
 from rlhf_ray.errors import DataError
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -16,6 +25,7 @@ GOOD = {
     sft_examples: {"prompt": "Hello", "completion": "Good day"},
     preference_pairs: {"prompt": "Hello", "chosen": "Good day", "rejected": "Bye"},
     judged_answers: {"prompt": "Hello", "completion": "Good day", "label": True},
+    rewarded_answers: {"prompt": "Hello", "completion": "Good day", "reward": 0.5},
     prompts: {"prompt": "Hello"},
 }
 
@@ -137,6 +147,23 @@ def test_a_pair_is_two_judged_answers_of_which_the_likelier_better_one_is_desira
         assert [answer.prompt.tolist() for answer in judged] == [pair.prompt.tolist()] * 2
 
 
+@pytest.mark.parametrize(("p", "reward"), [(None, 1.0), (0.75, 0.5), (0.5, 0.0), (0.25, -0.5)])
+def test_of_a_pair_the_better_answer_earns_what_the_worse_one_loses(plain, jsonl, p, reward):
+    (pair,) = load(preference_pairs, plain, jsonl(PAIRS[0]))
+    better, worse = load(rewarded_answers, plain, jsonl({**PAIRS[0], "p": p}))
+    assert (better.answer.tolist(), better.reward) == (pair.chosen.tolist(), reward)
+    assert (worse.answer.tolist(), worse.reward) == (pair.rejected.tolist(), -reward)
+
+
+def test_a_runs_samples_are_rewarded_answers_to_the_prompts_that_it_had(plain, jsonl):
+    (pair,) = load(preference_pairs, plain, jsonl(PAIRS[0]))
+    shown = {"update": 3, "prompt": plain.decode(pair.prompt), "response": " Good day", "score": -2, "kl": 0.1}
+    rewarded = {"prompt": HELLO, "completion": DAY, "reward": -2.0}
+    for answer in load(rewarded_answers, plain, jsonl(shown, rewarded)):
+        assert answer.prompt.tolist() == pair.prompt.tolist()
+        assert (answer.answer.tolist(), answer.reward) == (pair.chosen.tolist(), -2.0)
+
+
 def test_a_pair_counts_as_one_row_towards_the_share_of_bad_rows(plain, jsonl):
     bad = {"prompt": "Hello", "completion": "Bye"}
     with pytest.raises(DataError, match=r"1 of 3 rows \(33.33%\)"):
@@ -234,6 +261,14 @@ JUDGEMENT = GOOD[judged_answers]
         (judged_answers, {**JUDGEMENT, "completion": ""}, "empty: 'completion' has no text"),
         (judged_answers, {"prompt": "a", "chosen": "b"}, "missing column: no 'rejected'; the row has prompt, chosen"),
         (judged_answers, {**PAIR, "p": 0.5}, "undecided: 'p' is 0.5, so neither answer is the desirable one"),
+        (
+            rewarded_answers,
+            {"prompt": "a", "completion": "b"},
+            "missing column: no 'reward' (nor 'chosen' and 'rejected'); the row has prompt, completion",
+        ),
+        (rewarded_answers, {"prompt": "a", "response": "b", "score": None}, "missing column: no 'score'"),
+        (rewarded_answers, {**GOOD[rewarded_answers], "reward": "1"}, "wrong type: 'reward' is str, expected a number"),
+        (rewarded_answers, {**GOOD[rewarded_answers], "reward": float("nan")}, "wrong value: 'reward' is nan"),
         (prompts, {"text": "a", "id": 1}, "missing column: no 'chosen' (nor 'prompt' or 'messages'); the row has text"),
         (prompts, {"prompt": "\ud800"}, "not UTF-8: 'prompt' has a lone surrogate at character 0"),
         (prompts, {"prompt": "\n\nHuman: \n\nAssistant:"}, "empty: turn 1 of 1 in 'prompt', the user's, has no text"),
@@ -312,3 +347,50 @@ def test_real_hh_rlhf_pairs_are_read_within_the_default_share_of_bad_rows(plain)
         for answer in (pair.chosen, pair.rejected):
             assert np.flatnonzero(answer == plain.eos_token_id).tolist() == [len(answer) - 1]
         assert plain.decode(pair.prompt).endswith("\n\nAssistant:")
+
+
+# Several sources
+
+
+@pytest.mark.parametrize("loader", [sft_examples, preference_pairs, judged_answers, rewarded_answers])
+def test_a_row_knows_its_source_and_a_bad_one_its_file_and_line(loader, plain, jsonl, tmp_path):
+    people, ai = jsonl(GOOD[loader], name="people.jsonl"), jsonl({"no": 1}, GOOD[loader], name="ai.jsonl")
+    sources = {"people": {"path": people}, "ai": {"path": ai}}
+    data = MixedDataConfig.model_validate({"sources": sources, "max_bad_share": 0.5})
+    quarantine = tmp_path / "quarantine.jsonl"
+    found = loader(data, plain, Quarantine(quarantine))
+    assert [row.source for row in found] == ["people", "ai"]
+    [entry] = map(json.loads, quarantine.read_text().splitlines())
+    assert (entry["file"], entry["line"]) == (ai, 1)
+
+
+def test_a_small_bad_source_is_not_hidden_by_a_large_good_one(plain, jsonl):
+    large = jsonl(*[GOOD[sft_examples]] * 98, name="large.jsonl")
+    small = jsonl({"no": 1}, GOOD[sft_examples], name="small.jsonl")
+    sources = {"large": {"path": large}, "small": {"path": small}}
+    data = MixedDataConfig.model_validate({"sources": sources, "max_bad_share": 0.1})
+    with pytest.raises(DataError, match=r"small.jsonl': 1 of 2 rows \(50.00%\) cannot be used"):
+        sft_examples(data, plain, Quarantine())
+
+
+def test_a_bad_row_of_one_source_is_not_held_against_the_next(plain, jsonl):
+    many = jsonl({"no": 1}, *[GOOD[sft_examples]] * 19, name="many.jsonl")
+    few = jsonl(GOOD[sft_examples], name="few.jsonl")
+    sources = {"many": {"path": many}, "few": {"path": few}}
+    data = MixedDataConfig.model_validate({"sources": sources, "max_bad_share": 0.1})
+    assert len(sft_examples(data, plain, Quarantine())) == 20
+
+
+# Answers to be compared
+
+
+def test_answers_to_be_compared_are_a_list_or_a_pair_whose_label_is_left_away(jsonl):
+    rows = [{"prompt": "Hello", "responses": ["Good day ", "Bye"]}, *PAIRS]
+    found = candidates(DataConfig(path=jsonl(*rows)), Quarantine(), most=2)
+    assert len(found) == len(rows)
+    assert all(each.responses == ("Good day", "Bye") and each.p is None for each in found)
+
+
+def test_a_labelled_pair_is_certain_unless_its_row_says_otherwise(jsonl):
+    data = DataConfig(path=jsonl(PAIRS[0], {**PAIRS[0], "p": 0.2}))
+    assert [each.p for each in labelled_pairs(data, Quarantine())] == [1.0, 0.2]

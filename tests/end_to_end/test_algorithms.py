@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from commands import UPDATES, Project, message
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ def constant(prompts, responses):
 @pytest.fixture(scope="module")
 def rewards(project: Project) -> None:
     (project.folder / "parity.py").write_text(PARITY)
+    tiny.write_reward_model(project.folder / "other", seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def dapo(project: Project, rewards: None) -> Ran:
         "ppo.algorithm={name: dapo, max_refills: 3, overlong_buffer: 0}",
         "ppo.kl={estimator: full, top_k: 4, placement: loss}",
         "ppo.missing_eos_penalty=null",
-        *("reward.model=null", "reward.function=parity:parity"),
+        "reward={parts: {parity: {function: 'parity:parity'}, watched: {models: [reward, other], weight: 0}}}",
         within_s=180,
     )
 
@@ -52,7 +54,9 @@ def test_prompts_whose_answers_are_paid_alike_are_replaced_and_counted(project: 
         assert line["tokens/trained"] <= line["tokens/generated"]
         assert (line["tokens/trained"] < line["tokens/generated"]) == (line["rollout/prompts_dropped"] > 0)
         # Each prompt that is trained on has one answer paid 0 and one paid 1.
-        assert line["objective/scores"] == 0.5
+        assert line["objective/scores"] == line["scores/parity"] == 0.5
+        # An ensemble that is watched and not paid for.
+        assert math.isfinite(line["scores/watched"]) and line["disagreement/watched"] > 0
     assert any(line["rollout/prompts_dropped"] > 0 for line in lines)
 
 

@@ -133,7 +133,7 @@ def test_a_job_of_rays_own_command_is_stopped_half_way_and_saves_what_it_has(clu
     submitted = cluster.command(*line)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     wait_until(lambda: rows(folder / "metrics.jsonl") or cluster.is_over(job))
-    assert {"JobSupervisor", "RolloutEngine", "Reference", "RewardModel", "Learner"} <= set(cluster.actors())
+    assert {"JobSupervisor", "RolloutEngine", "Reference", "Rewards", "Learner"} <= set(cluster.actors())
 
     stopped = cluster.command("ray", "job", "stop", "--address", cluster.address, job)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr

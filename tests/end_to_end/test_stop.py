@@ -45,7 +45,7 @@ def test_a_run_that_is_stopped_saves_its_policy_and_leaves_nobody_behind(
     folder = project.results(name)
     with running(project, f"name={name}", FOR_EVER, "checkpoint.every=2", "telemetry.wandb=offline") as run:
         run.wait_until(lambda: len(project.metrics(name)) >= 3)
-        kinds = ("RolloutEngine", "Reference", "RewardModel", "Learner")
+        kinds = ("RolloutEngine", "Reference", "Rewards", "Learner")
         assert all(run.actor(kind) for kind in kinds)
         stop(run)
         assert run.end() == 130

@@ -15,17 +15,19 @@ from hypothesis import strategies as some
 from pydantic import ValidationError
 from ranks import on_ranks
 from safetensors.torch import load_file
+from supervised_runs import settings, written
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config.common import DataConfig
 from rlhf_ray.config.load import load
 from rlhf_ray.config.supervised import DPOConfig
+from rlhf_ray.data.order import held_out_split
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.rows import JudgedAnswer, PreferencePair, judged_answers, preference_pairs
 from rlhf_ray.errors import DataError
 from rlhf_ray.runtime.feed import Logged, Saved, Word
-from rlhf_ray.stages import dpo, supervised
+from rlhf_ray.stages import dpo
 from rlhf_ray.stages.dpo import Answers, Direct, Judged, Pairs, partners
 from rlhf_ray.stages.supervised_rank import Job, Measured, Rank, Rows, training_tokenizer
 
@@ -44,28 +46,7 @@ JUDGED = [
     for row in range(40)
 ]
 
-
-def written(rows: list[dict[str, Any]], file: Path) -> str:
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return str(file)
-
-
-def settings(model: str, data: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": "run",
-        "output_dir": str(folder / "runs"),
-        "model": model,
-        "data": {"path": data, "max_tokens": 20},
-        "telemetry": {"wandb": "off"},
-        "training": {
-            "epochs": 4,
-            "sequences_per_step": 13,
-            "tokens_per_micro_batch": 128,
-            "held_out_share": 0.2,
-            "optimizer": {"learning_rate": 3e-3},
-        },
-        **changes,
-    }
+SMALL: dict[str, Any] = {"max_tokens": 20, "sequences_per_step": 13, "learning_rate": 3e-3}
 
 
 def config(loss: str, **changes: Any) -> DPOConfig:
@@ -286,7 +267,7 @@ def test_ranks_and_micro_batches_change_no_metric_and_no_weight(
 ) -> None:
     # Undesirable answers that weigh little let the reference point rise above zero, where it counts.
     rows, changes = (JUDGED, {"undesirable_weight": 0.1}) if loss == "kto" else (PAIRS, {})
-    large = settings(policy, written(rows, tmp_path / "rows.jsonl"), tmp_path, loss=loss, **changes)
+    large = settings(policy, written(rows, tmp_path / "rows.jsonl"), tmp_path, **SMALL, loss=loss, **changes)
     large["training"]["epochs"] = 2
     one_large = on_ranks(1, steps_of, 1, large)[0]
     small = {**large["training"], "tokens_per_micro_batch": 24, "zero": {"stage": stage}}
@@ -324,7 +305,7 @@ def test_dpo_starts_at_its_reference_and_learns_to_prefer_what_people_do(
 ) -> None:
     bad = {"prompt": "a", "chosen": "x"}
     data = written([PAIRS[0], bad, *PAIRS[1:]], tmp_path / "rows.jsonl")
-    told = settings(policy, data, tmp_path)
+    told = settings(policy, data, tmp_path, **SMALL)
     told["data"]["max_bad_share"] = 0.1
     summary = dpo.run(DPOConfig.model_validate(told))
 
@@ -346,7 +327,7 @@ def test_dpo_starts_at_its_reference_and_learns_to_prefer_what_people_do(
     pairs = preference_pairs(
         DataConfig(path=data, max_bad_share=0.1), AutoTokenizer.from_pretrained(policy), Quarantine()
     )
-    _, held_out = supervised.held_out_split(len(pairs), 0.2, 0)
+    _, held_out = held_out_split(len(pairs), 0.2, 0)
     chosen, rejected = (
         np.array([log_ratio(trained, untrained, pairs[row].prompt, getattr(pairs[row], side)) for row in held_out])
         for side in ("chosen", "rejected")
@@ -359,7 +340,7 @@ def test_dpo_starts_at_its_reference_and_learns_to_prefer_what_people_do(
 
 @pytest.mark.real
 def test_kto_learns_from_answers_that_were_judged_one_by_one(ray_session: None, policy: str, tmp_path: Path) -> None:
-    told = settings(policy, written(JUDGED, tmp_path / "rows.jsonl"), tmp_path, loss="kto")
+    told = settings(policy, written(JUDGED, tmp_path / "rows.jsonl"), tmp_path, **SMALL, loss="kto")
     summary = dpo.run(DPOConfig.model_validate(told))
     first, last = summary["held_out_first"], summary["held_out_last"]
     assert (first["dpo/loss"], first["rewards/margins"], first["kto/kl"]) == (0.5, 0, 0)

@@ -19,12 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as some
 from ranks import on_ranks
 from safetensors.torch import load_file
+from supervised_runs import settings, written
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.algorithms.logprobs import TokenStatistics
-from rlhf_ray.config.common import DataConfig
+from rlhf_ray.config.common import DataConfig, MixedDataConfig
 from rlhf_ray.config.supervised import RewardConfig, SFTConfig, SupervisedConfig
+from rlhf_ray.data.order import held_out_by_source, held_out_split
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.rows import PreferencePair, SFTExample, preference_pairs, sft_examples
 from rlhf_ray.errors import (
@@ -55,29 +57,6 @@ PAIRS = [
     | {"p": 0.875 if row % 4 > 0 else 0.125}
     for row in range(40)
 ]
-
-
-def written(rows: list[dict[str, Any]], file: Path) -> str:
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return str(file)
-
-
-def settings(model: str, data: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": "run",
-        "output_dir": str(folder / "runs"),
-        "model": model,
-        "data": {"path": data, "max_tokens": 32},
-        "telemetry": {"wandb": "off"},
-        "training": {
-            "epochs": 4,
-            "sequences_per_step": 12,
-            "tokens_per_micro_batch": 128,
-            "held_out_share": 0.2,
-            "optimizer": {"learning_rate": 1e-2},
-        },
-        **changes,
-    }
 
 
 # What a pass, a step and an epoch are
@@ -139,6 +118,55 @@ def test_soft_labels_margins_and_centring_reach_the_loss() -> None:
         "reward/margin": 0.0,
         "reward/tokens": 10.0,
     }
+
+
+def sourced(source: str, p: float, *lengths: int) -> PreferencePair:
+    answers = (np.arange(length, dtype=np.int32) for length in lengths)
+    return PreferencePair(np.array([1], np.int32), *answers, p=p, source=source)
+
+
+def test_held_out_pairs_are_measured_together_and_by_source() -> None:
+    pairs = [sourced("people", 1.0, 2, 1), sourced("ai", 0.0, 2, 3), sourced("ai", 0.75, 1, 4), sourced("x", 1.0, 1, 2)]
+    objective = Preferences(pairs, centre=0.0)
+    logit = math.log(0.8 / 0.2)
+    outputs = torch.tensor([[logit, 0.0], [0.0, logit], [0.0, logit]])
+    found = objective.held_out_metrics(outputs, np.array([0, 1, 2]))
+    # Predictions 0.8, 0.2, 0.2 for labels 1, 0, 0.75: right, right, wrong. Better answers: longer, longer, shorter.
+    assert found == pytest.approx(
+        {
+            "reward/loss_held_out": (-2 * math.log(0.8) - 0.75 * math.log(0.2) - 0.25 * math.log(0.8)) / 3,
+            "reward/accuracy_held_out": 2 / 3,
+            "reward/length_controlled_accuracy_held_out": 0.5,
+            "reward/margin_held_out": -logit / 3,
+            "reward/ece_held_out": 0.8 - 2.25 / 3,
+            "reward/brier_held_out": (0.04 + 0.04 + 0.55**2) / 3,
+            # Of one source, without pairs on both sides: no accuracy is controlled for length.
+            "reward/people/accuracy_held_out": 1.0,
+            "reward/people/margin_held_out": logit,
+            "reward/people/ece_held_out": 0.2,
+            "reward/people/brier_held_out": 0.04,
+            "reward/ai/accuracy_held_out": 0.5,
+            "reward/ai/length_controlled_accuracy_held_out": 0.5,
+            "reward/ai/margin_held_out": -logit,
+            "reward/ai/ece_held_out": 0.8 - 1.25 / 2,
+            "reward/ai/brier_held_out": (0.04 + 0.55**2) / 2,
+        },
+        rel=1e-5,
+    )
+    tables = objective.report(outputs, np.array([0, 1, 2]))["reliability"]
+    assert list(tables) == ["all", "ai", "people"]
+    assert tables["ai"]["count"] == [2.0] and tables["all"]["count"] == [3.0]
+    assert tables["ai"]["predicted"] == pytest.approx([0.8]) and tables["ai"]["share"] == pytest.approx([1.25 / 2])
+
+
+def test_rows_are_drawn_by_the_weights_of_their_sources_and_never_from_those_held_out() -> None:
+    sources = {"people": {"path": "p", "weight": 3}, "ai": {"path": "a", "weight": 1}}
+    config = RewardConfig.model_validate({"name": "x", "model": "m", "data": {"sources": sources}})
+    objective = Preferences([sourced(name, 1.0, 1, 2) for name in ["people"] * 4 + ["ai"] * 8], centre=0.0)
+    train, held_out = held_out_by_source(objective.sources, 0.25, 0)
+    rows = train[Job(config, objective, train, held_out, "").order().take(len(train))]
+    assert len(rows) == 9 and not set(rows) & set(held_out)
+    assert objective.sources[rows].tolist().count("people") == 7  # 9 * 3 / 4, and the larger remainder
 
 
 def test_a_pair_lies_in_one_pass_chosen_first() -> None:
@@ -255,7 +283,7 @@ def test_input_is_refused_before_ray_starts(policy: str, tmp_path: Path, monkeyp
         sft.run(attempt(data=written([{"text": "a"}] * 3, tmp_path / "bad.jsonl")))
     long = written([{"prompt": "a" * 300, "completion": "b"}], tmp_path / "long.jsonl")
     with pytest.raises(ModelError, match=r"context of 256 tokens, and the longest row has 3.*data.max_tokens to 256"):
-        sft.run(attempt(data=long).model_copy(update={"data": DataConfig(path=long, max_tokens=1000)}))
+        sft.run(attempt(data=long).model_copy(update={"data": MixedDataConfig(path=long, max_tokens=1000)}))
 
 
 def test_a_pair_longer_than_a_micro_batch_is_refused(policy: str, tmp_path: Path) -> None:
@@ -285,6 +313,7 @@ class Trouble(Objective):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.lengths = self.weights = np.ones(4, np.int64)
+        self.sources = np.full(4, "")
 
     def module(self, config: SupervisedConfig) -> nn.Module:
         if self.kind == "dies":
@@ -323,7 +352,7 @@ def test_sft_lowers_the_loss_and_leaves_an_ordinary_model(ray_session: None, pol
         AutoTokenizer.from_pretrained(summary["model"]),
     )
     examples = sft_examples(DataConfig(path=told["data"]["path"]), tokens, Quarantine())
-    _, held_out = supervised.held_out_split(len(examples), 0.2, 0)
+    _, held_out = held_out_split(len(examples), 0.2, 0)
     losses = []
     for example in (examples[row] for row in held_out):
         ids = torch.from_numpy(example.ids.astype(np.int64))
@@ -338,10 +367,23 @@ def test_sft_lowers_the_loss_and_leaves_an_ordinary_model(ray_session: None, pol
 def test_a_reward_model_learns_the_preference_and_keeps_the_scale_of_its_scores(
     ray_session: None, policy: str, tmp_path: Path
 ) -> None:
-    told = settings(policy, written(PAIRS, tmp_path / "pairs.jsonl"), tmp_path)
-    summary = reward.run(RewardConfig.model_validate(told))
+    told = settings(policy, "", tmp_path)
+    told["data"] = {"max_tokens": 32, "sources": {}}
+    for name, listed in (("people", PAIRS[:28]), ("ai", PAIRS[28:])):
+        file = written(listed, tmp_path / f"{name}.jsonl")
+        told["data"]["sources"][name] = {"path": file, "weight": 0.5}
+    config = RewardConfig.model_validate(told)
+    summary = reward.run(config)
     measured = summary["held_out_last"]
-    assert measured["reward/accuracy"] == 1.0
+    assert measured["reward/accuracy"] == measured["reward/people/accuracy"] == measured["reward/ai/accuracy"] == 1.0
+    assert {name: sum(table["count"]) for name, table in summary["reliability"].items()} == {
+        "all": 8,
+        "ai": 2,
+        "people": 6,
+    }
+    run = tmp_path / "runs" / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert (run / "reliability.png").exists()
     # At labels of 7/8 the best loss is their entropy; a model of hard labels would be far above.
     entropy = -(0.875 * math.log(0.875) + 0.125 * math.log(0.125))
     assert entropy - 1e-3 < measured["reward/loss"] < entropy + 0.15
@@ -349,8 +391,8 @@ def test_a_reward_model_learns_the_preference_and_keeps_the_scale_of_its_scores(
 
     model = AutoModelForSequenceClassification.from_pretrained(summary["model"])
     tokens = AutoTokenizer.from_pretrained(summary["model"])
-    pairs = preference_pairs(DataConfig(path=told["data"]["path"]), tokens, Quarantine())
-    _, held_out = supervised.held_out_split(len(pairs), 0.2, 0)
+    pairs = preference_pairs(config.data, tokens, Quarantine())
+    _, held_out = held_out_by_source(np.array([pair.source for pair in pairs]), 0.2, 0)
     scores = []
     for pair in (pairs[row] for row in held_out):
         for answer in (pair.chosen, pair.rejected):

@@ -32,3 +32,10 @@ def test_catalogued_names_pass() -> None:
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ValueError, match=r"'objective/score' is not in .* did you mean 'objective/scores'\?"):
         catalogue.check({"objective/kl": 0.0, "objective/score": 1.0})
+
+
+def test_a_name_of_a_family_passes_with_whatever_the_configuration_calls_it() -> None:
+    catalogue.check(["reward/people/ece_held_out", "reward/ai-2/accuracy_held_out"])
+    for name in ("reward/a/b/ece_held_out", "reward//ece_held_out", "reward/people/ece", "reward/people/ece_held_out2"):
+        with pytest.raises(ValueError, match="is not in"):
+            catalogue.check([name])

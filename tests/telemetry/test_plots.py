@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.telemetry.plots import plot_run
+from rlhf_ray.telemetry.plots import plot_reliability, plot_run
 
 
 @pytest.fixture
@@ -50,3 +50,17 @@ def test_three_panels_show_proxy_gold_and_kl_against_updates(metrics: Path, tmp_
 def test_gold_may_be_unmeasured(metrics: Path, tmp_path: Path, panels: list[Any]) -> None:
     plot_run(metrics, tmp_path / "run.png", None)
     assert [text.get_text() for text in panels[1].texts] == ["not measured"]
+
+
+def test_reliability_is_a_line_a_source_with_its_counts_below(tmp_path: Path, panels: list[Any]) -> None:
+    table = {"count": [30, 12], "predicted": [0.53, 0.97], "share": [0.5, 0.75]}
+    plot_reliability({"all": table, "people": {"count": [7], "predicted": [0.9], "share": [1.0]}}, tmp_path / "r.png")
+    right, counts = panels
+    assert [line.get_xydata().tolist() for line in right.lines] == [
+        [[0.5, 0.5], [1, 1]],  # what calibrated predictions would be
+        [[0.53, 0.5], [0.97, 0.75]],
+        [[0.9, 1.0]],
+    ]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["all (42 pairs)", "people (7 pairs)"]
+    assert [text.get_text() for text in counts.texts] == ["30", "12", "7"]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,160 @@
+"""Several stages as one: each runs when what it refers to is there, and only if it has not run with the same inputs.
+
+A stage's folder carries the digest of its configuration and of the content of every file and folder that it names.
+Equal digest: the results there are the results. So a run that was stopped goes on where it was, a changed key re-runs
+what depends on it and nothing else, and an ablation shares all that it has in common with its sibling.
+"""
+
+import json
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlhf_ray.config.common import StageConfig
+from rlhf_ray.config.load import dump
+from rlhf_ray.config.pipeline import Node, PipelineConfig
+from rlhf_ray.errors import ConfigError, TrainingError
+from rlhf_ray.runtime import session
+from rlhf_ray.runtime.digests import Digests
+from rlhf_ray.runtime.submit import submit_command
+from rlhf_ray.stages import runner_of
+from rlhf_ray.telemetry.progress import say
+from rlhf_ray.telemetry.run_folder import write_atomically
+from rlhf_ray.telemetry.tree import Progress, show
+
+GOES_ON = ("critique", "judge")
+"""Stages that take up what an earlier run of theirs left unfinished."""
+SHOWN = 3
+"""Numbers of a stage's summary that its line in the tree has."""
+NOT_INPUTS = ("name", "output_dir", "telemetry", "deadline_s")
+"""Keys that change nothing about results."""
+
+
+def run(
+    config: PipelineConfig, nodes: list[Node], address: str | None = None, again: Collection[str] = (), until: str = ""
+) -> dict[str, Any]:
+    """Stages in order up to `until`, those in `again` anew; returns what summary.json says.
+
+    With a dashboard's address (http://...) each stage is a Ray job, and `output_dir` must be a folder that all nodes
+    and this machine share; else all run in this process, on the Ray at `address` or one of their own.
+    """
+    for name in [*again, *([until] if until else [])]:
+        if name not in config.stages:
+            raise ConfigError(f"pipeline '{config.name}' has no stage '{name}'; it has {', '.join(config.stages)}")
+    if until:
+        nodes = nodes[: [node.name for node in nodes].index(until) + 1]
+    pipeline = Pipeline(config, nodes, address)
+    if address and address.startswith("http"):
+        return pipeline.run(again)
+    with session.connect(address):
+        return pipeline.run(again)
+
+
+class Pipeline:
+    def __init__(self, config: PipelineConfig, nodes: list[Node], address: str | None) -> None:
+        self.config, self.nodes, self.address = config, nodes, address
+        config.folder.mkdir(parents=True, exist_ok=True)
+        self.digests = Digests(config.folder / ".digests.json")
+        self.progress = {node.name: Progress(node.name, node.after) for node in nodes}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.folders: dict[str, Path] = {}
+
+    def run(self, again: Collection[str]) -> dict[str, Any]:
+        for node in self.nodes:
+            progress = self.progress[node.name]
+            began = time.monotonic()
+            try:
+                kept = self._stage(node, node.name in again)
+            except BaseException:
+                progress.state = "failed"
+                self._show()
+                raise
+            progress.state = "kept" if kept else "done"
+            progress.seconds = None if kept else time.monotonic() - began
+            progress.shown = _numbers(self.results[node.name])
+            self.digests.keep()
+            self._show()
+        summary = {
+            name: {"state": self.progress[name].state, "seconds": self.progress[name].seconds, "folder": str(folder)}
+            for name, folder in self.folders.items()
+        }
+        write_atomically(self.config.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _stage(self, node: Node, again: bool) -> bool:
+        """Whether an earlier run's results could be kept."""
+        resolved = node.resolved(self.results, f"stage '{node.name}'", name=node.name)
+        name = f"{node.name}-{digest(resolved, node.command, self.digests)[:12]}"
+        folder = self.config.folder / name
+        config = resolved.model_copy(update={"name": name, "output_dir": str(self.config.folder)})
+        self.folders[node.name] = folder
+        if again or (not (folder / "summary.json").exists() and node.command not in GOES_ON):
+            _move_aside(folder)
+        kept = (folder / "summary.json").exists()
+        if not kept:
+            self.progress[node.name].state = "running"
+            self._show()
+            self._start(node, config)
+        self.results[node.name] = json.loads((folder / "summary.json").read_text())
+        _link(self.config.folder / node.name, name)
+        return kept
+
+    def _start(self, node: Node, config: StageConfig) -> None:
+        if not (self.address and self.address.startswith("http")):
+            runner_of(node.command)(config, self.address)
+            return
+        file = self.config.folder / f"{config.name}.yaml"
+        write_atomically(file, dump(config))
+        if submit_command(["rlhf-ray", node.command, str(file)], self.address, Path.cwd()):
+            raise TrainingError(f"the job of stage '{node.name}' failed; its log stands above")
+        if not (self.config.folder / config.name / "summary.json").exists():
+            raise ConfigError(
+                f"the job of stage '{node.name}' succeeded, but its results are not in {self.config.folder} here: "
+                "output_dir must be a folder that this machine and all nodes share"
+            )
+
+    def _show(self) -> None:
+        show(f"{self.config.name}  ({self.config.folder})", list(self.progress.values()))
+
+
+def digest(config: StageConfig, command: str, digests: Digests) -> str:
+    """Of the command, its configuration, and the content of each file or folder that a value of it names."""
+    tree = {key: value for key, value in config.model_dump(mode="json").items() if key not in NOT_INPUTS}
+    content = json.dumps([command, _with_content(tree, digests)], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(content.encode())
+
+
+def _with_content(tree: Any, digests: Digests) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _with_content(value, digests) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_with_content(value, digests) for value in tree]
+    if isinstance(tree, str) and "/" in tree and (path := Path(tree)).exists():
+        return {"content": digests.of(path)}
+    return tree
+
+
+def _move_aside(folder: Path) -> None:
+    """Results that are not wanted any more, or half a run, get the first free number."""
+    if not folder.exists():
+        return
+    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
+    aside = folder.with_name(f"{folder.name}.{number}")
+    folder.rename(aside)
+    say(f"what was in {folder.name} is now in {aside}")
+
+
+def _link(link: Path, target: str) -> None:
+    """`link` points to `target`, its neighbour; what a person looks for by the stage's name."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seconds"}
+    return dict(list(numbers.items())[:SHOWN])

@@ -1,0 +1,6 @@
+"""Measures of answers that are functions, importable by an actor."""
+
+
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    """In characters."""
+    return [float(len(response)) for response in responses]

@@ -1,0 +1,121 @@
+"""Which stages run and which results are kept. The stages here only write a file; real ones have tests of their own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_ray.config.pipeline import load_pipeline
+from rlhf_ray.errors import ConfigError, TrainingError
+from rlhf_ray.stages import pipeline
+
+
+class Stages:
+    """In place of the real ones: each writes its model, made of what it was given, and a summary."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.fails: str | None = None
+
+    def runner_of(self, command: str) -> Any:
+        def run(config: Any, address: str | None) -> dict[str, Any]:
+            self.ran.append(command)
+            folder = Path(config.output_dir) / config.name
+            folder.mkdir()  # two runs in one folder are an error, as they are for real stages
+            if self.fails == command:
+                raise TrainingError(f"{command} failed")
+            made = folder / "model"
+            made.write_text(f"{command} of {Path(config.model).read_text()}, {config.training.epochs} epochs")
+            summary = {"model": str(made), "loss": 0.5}
+            (folder / "summary.json").write_text(json.dumps(summary))
+            return summary
+
+        return run
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    found = Stages()
+    monkeypatch.setattr(pipeline, "runner_of", found.runner_of)
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "start").write_text("base")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    tree = {
+        "name": "line",
+        "output_dir": str(tmp_path / "runs"),
+        "stages": {
+            "sft": {"model": str(tmp_path / "start"), "data": data},
+            "reward": {"model": "${sft.model}", "data": data},
+            "dpo": {"model": "${sft.model}", "data": data},
+        },
+    }
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def go(file: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return pipeline.Pipeline(*load_pipeline(file, list(overrides)), None).run(options.get("again", ()))
+
+
+def test_each_stage_runs_on_what_others_left_and_is_found_by_its_name(file: Path, stages: Stages) -> None:
+    summary = go(file)
+    assert stages.ran == ["sft", "reward", "dpo"]
+    made = file.parent / "runs/line/reward/model"
+    assert made.read_text() == "reward of sft of base, 1 epochs, 1 epochs"
+    assert made.resolve().parent == Path(summary["reward"]["folder"])
+    assert json.loads((file.parent / "runs/line/summary.json").read_text()) == summary
+
+
+def test_finished_stages_are_skipped(file: Path, stages: Stages) -> None:
+    go(file)
+    summary = go(file, "stages.reward.telemetry.wandb=off")
+    assert stages.ran == ["sft", "reward", "dpo"]
+    assert {stage["state"] for stage in summary.values()} == {"kept"}
+
+
+def test_a_changed_key_runs_its_stage_and_what_depends_on_it(file: Path, stages: Stages) -> None:
+    go(file)
+    go(file, "stages.dpo.training.epochs=2")
+    assert stages.ran[3:] == ["dpo"]
+    go(file, "stages.sft.training.epochs=2")
+    assert stages.ran[4:] == ["sft", "reward", "dpo"]
+    go(file)
+    assert len(stages.ran) == 7, "the first results are still there"
+
+
+def test_a_changed_input_file_runs_what_reads_it(file: Path, stages: Stages) -> None:
+    go(file)
+    (file.parent / "start").write_text("another base")
+    go(file)
+    assert stages.ran[3:] == ["sft", "reward", "dpo"]
+
+
+def test_a_stage_that_is_run_again_and_comes_out_the_same_runs_no_other(file: Path, stages: Stages) -> None:
+    go(file)
+    go(file, again=["sft"])
+    assert stages.ran[3:] == ["sft"]
+
+
+def test_a_failed_stage_ends_the_run_and_the_next_one_begins_there(
+    file: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.fails = "reward"
+    with pytest.raises(TrainingError):
+        go(file)
+    assert "✗ reward  failed" in capsys.readouterr().err
+    stages.fails = None
+    go(file)
+    assert stages.ran == ["sft", "reward", "reward", "dpo"]
+
+
+def test_a_stage_that_is_not_there_is_named_with_those_that_are(file: Path) -> None:
+    with pytest.raises(ConfigError, match="no stage 'ppo'; it has sft, reward, dpo"):
+        pipeline.run(*load_pipeline(file), until="ppo")
