@@ -392,3 +392,8 @@ def test_the_bins_of_a_calibration_error_stand_on_the_device_of_the_arguments() 
     with torch.device("meta"):
         error = expected_calibration_error(probabilities, labels)
     assert error.item() == 0.25
+
+
+def test_a_calibration_error_has_ten_bins_unless_told_otherwise() -> None:
+    # Ten bins of confidence part the two at 0.55: gaps 0.455 and 0.553. Of nine, the first ends at 0.556 and has both.
+    assert expected_calibration_error(doubles(0.545, 0.553), doubles(1, 0)).item() == pytest.approx(0.504)
