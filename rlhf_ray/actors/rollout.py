@@ -70,6 +70,8 @@ class RolloutSettings:
     eos_token_ids: tuple[int, ...]
     """Any of these ends an answer."""
     trust_remote_code: bool
+    decode_beta: float | None = None
+    """What advantages count in the policy that is served; none: it is the model's own, and no values are needed."""
 
 
 class RolloutEngine:
@@ -192,6 +194,15 @@ class RolloutEngine:
 
     def weight_version(self) -> int:
         return self._version
+
+    def set_decode_beta(self, decode_beta: float) -> None:
+        """From here on advantages count `decode_beta`; 0 is the policy alone. Keys and values stay what they are.
+
+        Raises ModelError when the engine was started without values.
+        """
+        if self.settings.decode_beta is None:
+            raise ModelError(f"{self} has no values that could steer it; start it with a decode_beta")
+        self._engine.collective_rpc("set_decode_beta", args=(decode_beta,))
 
     def check_parameters(self, parameters: list[tuple[str, str, list[int]]]) -> int:
         """Compares (name, dtype, shape) of what the learner will send with the model; returns the number of workers.
@@ -386,6 +397,17 @@ class RolloutEngine:
 
 def _build(settings: RolloutSettings) -> Any:
     """vLLM's engine, checked to be what was asked for: some settings vLLM changes with no more than a log line."""
+    from rlhf_ray.models.load import model_config
+
+    description = model_config(settings.model, "policy", settings.trust_remote_code)
+    steering: dict[str, Any] = {}
+    if settings.decode_beta is not None:
+        from rlhf_ray.actors.steering import overrides
+        from rlhf_ray.models.q_heads import check_values
+
+        check_values(description, settings.model, "policy")
+        steering = overrides(description, settings.decode_beta)
+
     import torch
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
@@ -393,9 +415,6 @@ def _build(settings: RolloutSettings) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rlhf_ray.models.load import model_config
-
-    model_config(settings.model, "policy", settings.trust_remote_code)
     parallel = settings.tensor_parallel > 1
     options: dict[str, Any]
     if current_platform.is_cpu():
@@ -410,6 +429,7 @@ def _build(settings: RolloutSettings) -> Any:
         skip_tokenizer_init=True,
         generation_config="vllm",
         trust_remote_code=settings.trust_remote_code,
+        hf_overrides=steering,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         tensor_parallel_size=settings.tensor_parallel,
@@ -455,7 +475,12 @@ def _parameters(settings: RolloutSettings) -> dict[str, tuple[int, ...]]:
     config = model_config(settings.model, "policy", settings.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if settings.decode_beta is not None:
+        from rlhf_ray.actors.steering import parameters
+
+        found |= parameters(config)
+    return found
 
 
 def _stream(seed: int) -> int:

@@ -30,7 +30,7 @@ class DuelConfig(Config):
     """A fixed judge compares the policy's answers with an opponent's, each pair in both orders."""
 
     opponent: str
-    """Folder or hub name of the other model; it is served and sampled as the policy is."""
+    """Folder or hub name of the other model; it is served and sampled as the policy is, but never steered by values."""
     judge: Judge
     constitution: str | None = None
     """A file of principles; none: the one that comes with the package."""
@@ -68,10 +68,11 @@ class EvaluateConfig(StageConfig):
     def engines(self) -> dict[str, EnginesConfig]:
         """Every model that vLLM serves, one after the other."""
         found = {"policy": self.policy}
+        unsteered = self.policy.model_copy(update={"decode_beta": None})
         if self.reference is not None:
-            found["reference"] = self.policy.model_copy(update={"model": self.reference})
+            found["reference"] = unsteered.model_copy(update={"model": self.reference})
         if self.duel is not None:
-            found["duel.opponent"] = self.policy.model_copy(update={"model": self.duel.opponent})
+            found["duel.opponent"] = unsteered.model_copy(update={"model": self.duel.opponent})
             if isinstance(self.duel.judge, LocalJudge):
                 found["duel.judge"] = self.duel.judge
         return found

@@ -25,6 +25,8 @@ class EnginesConfig(Config):
     """Of sampled text. Options are always scored at temperature 1."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 0.0625
     """Memory for each engine's KV cache."""
+    decode_beta: Annotated[float, Field(ge=0)] | None = None
+    """Of a model that `rlhf-ray ilql` left: what its advantages count; none: the policy alone. docs/ilql.md."""
 
     @model_validator(mode="after")
     def a_prompt_has_room(self) -> "EnginesConfig":

@@ -129,6 +129,9 @@ class Sizes(NamedTuple):
     prompts_train: int = 1_600
     held_out_red_team: int = 384
     held_out_benign: int = 336
+    prompts_held_out: int = 384
+    sft: int = 2_000
+    preferences: int = 4_000
     sft_helpful: int = 2_000
     preferences_helpful: int = 4_000
     judgements_held_out: int = 800
@@ -171,6 +174,9 @@ def write(world: World, folder: Path, sizes: Sizes = USUAL) -> dict[str, int]:
         "prompts_train": world.prompts(sizes.prompts_train),
         "held_out_red_team": world.prompts(sizes.held_out_red_team, "held_out", ALL_DECLINE),
         "held_out_benign": world.prompts(sizes.held_out_benign, "held_out", ALL_BENIGN),
+        "prompts_held_out": world.prompts(sizes.prompts_held_out, "held_out"),
+        "sft": world.sft_rows(sizes.sft),
+        "preferences": people.preference_rows(world, sizes.preferences),
         "sft_helpful": sft_helpful(world, sizes.sft_helpful),
         "preferences_helpful": preferences_helpful(world, sizes.preferences_helpful),
         "judgements_held_out": judgements(world, sizes.judgements_held_out),

@@ -9,7 +9,7 @@ touch them. A target is only asked for the token that was taken, one row of its 
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,12 @@ from torch.nn.functional import relu
 
 from rlhf_ray.algorithms.logprobs import in_chunks, logprobs_and_entropy
 from rlhf_ray.algorithms.q_learning import conservative_loss, decode_scores, polyak
+from rlhf_ray.errors import ModelError
 from rlhf_ray.models.heads import HEAD_CHUNK, TokenLogprobs
 from rlhf_ray.models.packed import Packed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FILE = "ilql/heads.safetensors"
 """In a model's folder; one deeper, because vLLM reads every *.safetensors beside the model's own."""
@@ -116,6 +120,30 @@ def value_head(hidden: int, outputs: int, like: Tensor) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, 2 * hidden, **place), nn.ReLU(), last)
 
 
+def decoding_heads(hidden: int, vocabulary: int, like: Tensor) -> nn.ModuleDict:
+    """V and both targets of Q, which are all that decoding asks, by name."""
+    outputs = {"v": 1, f"{TARGET}q1": vocabulary, f"{TARGET}q2": vocabulary}
+    return nn.ModuleDict({name: value_head(hidden, size, like) for name, size in outputs.items()})
+
+
+def steered(logits: Tensor, hidden: Tensor, heads: nn.ModuleDict, decode_beta: float) -> Tensor:
+    """[R, V] float32, logits of the policy that the values steer; of its own logits [R, V] and hidden [R, hidden]."""
+    target_q = torch.stack([heads[f"{TARGET}q{i}"](hidden) for i in (1, 2)]).float()
+    return decode_scores(logits.float(), target_q, heads["v"](hidden)[:, 0].float(), decode_beta)
+
+
+def check_values(config: "PretrainedConfig", path: str, role: str) -> None:
+    """Raises ModelError unless there are values beside the model; of a hub's model the settings alone are seen."""
+    folder = Path(path)
+    missing = [] if hasattr(config, SETTINGS) else [f"no {SETTINGS} in its config.json"]
+    missing += [f"no {FILE}"] if folder.is_dir() and not (folder / FILE).is_file() else []
+    if missing:
+        raise ModelError(
+            f"{role}: decode_beta needs values of next tokens, but '{path}' has {' and '.join(missing)}; expected a "
+            "folder that `rlhf-ray ilql` wrote. Leave decode_beta out to sample from the policy alone"
+        )
+
+
 class Decoder:
     """The policy that a checkpoint's targets and V steer, token by token. For small models and for tests."""
 
@@ -125,10 +153,7 @@ class Decoder:
 
         tensors = load_file(folder / FILE)
         self.model = model
-        self.heads = {
-            name: value_head(model.config.hidden_size, outputs, next(model.parameters()))
-            for name, outputs in (("v", 1), *((f"{TARGET}q{i}", model.config.vocab_size) for i in (1, 2)))
-        }
+        self.heads = decoding_heads(model.config.hidden_size, model.config.vocab_size, next(model.parameters()))
         for name, head in self.heads.items():
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
             head.load_state_dict(own)
@@ -138,5 +163,4 @@ class Decoder:
         """[B, V] for the token after each of `ids` [B, T]; `decode_beta` is the checkpoint's own if it is none."""
         beta = getattr(self.model.config, SETTINGS)["decode_beta"] if decode_beta is None else decode_beta
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-        target_q = torch.stack([self.heads[f"{TARGET}q{i}"](hidden) for i in (1, 2)])
-        return decode_scores(self.model.get_output_embeddings()(hidden), target_q, self.heads["v"](hidden)[:, 0], beta)
+        return steered(self.model.get_output_embeddings()(hidden), hidden, self.heads, beta)

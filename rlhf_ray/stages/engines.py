@@ -58,6 +58,10 @@ class Reader:
                 f"{where}.model '{section.model}' has a context of {context} tokens, but {where}.max_tokens is "
                 f"{section.max_tokens}; lower it"
             )
+        if section.decode_beta is not None:
+            from rlhf_ray.models.q_heads import check_values
+
+            check_values(description, section.model, f"{where}.model")
         self.eos_ids = load.eos_ids(section.model, self.tokenizer)
         self.section = section
 
@@ -194,4 +198,5 @@ class Engines:
             transfer_backend=None,
             eos_token_ids=self.reader.eos_ids,
             trust_remote_code=self.stage.trust_remote_code,
+            decode_beta=section.decode_beta,
         )

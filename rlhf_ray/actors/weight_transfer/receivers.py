@@ -171,6 +171,10 @@ class WorkerExtension:
 
         vars(model)["compute_logits"] = scaled
 
+    def set_decode_beta(self, decode_beta: float) -> None:
+        """Of a model that values steer (`steering.Steered`)."""
+        self.model_runner.get_model().decode_beta = decode_beta
+
 
 def _buckets(init_info: ShmInit | GlooInit) -> list[Bucket]:
     return pack([Parameter.from_wire(*wire) for wire in init_info.parameters], init_info.bucket_bytes)
