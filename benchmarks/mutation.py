@@ -45,6 +45,7 @@ OTHER_LIBRARIES = "rllib or trl"
 
 SQUARED = "the difference is squared"
 NO_GRADIENT = "a comparison has no gradient to cut off"
+SIDES = "the two sides are exchanged, and their mean is the same"
 EQUIVALENT = {
     "advantages.gae: int(lengths.max()) if len(lengths) else 0  ->  int(lengths.max()) if len(lengths) else 1": (
         "a longest sequence of one token needs no pass either"
@@ -75,6 +76,17 @@ EQUIVALENT = {
     "logprobs.in_chunks: zip(*measured, strict=True)  ->  zip(*measured)": "every chunk has the same measures",
     "policy_loss.clipped: bounded.detach()  ->  bounded": NO_GRADIENT,
     "policy_loss.clipped: log_ratio.detach()  ->  log_ratio  (number 2)": NO_GRADIENT,
+    "preference_loss.length_controlled_accuracy: "
+    "(lengths[:, 0] - lengths[:, 1]).sign() * (labels - 0.5).sign()  ->  "
+    "(lengths[:, 0] - lengths[:, 1]).sign() / (labels - 0.5).sign()": "by a sign, or by zero, which is on neither side",
+    "preference_loss.length_controlled_accuracy: lengths[:, 0] - lengths[:, 1]  ->  lengths[:, 1] - lengths[:, 0]": SIDES,
+    "preference_loss.length_controlled_accuracy: labels - 0.5  ->  0.5 - labels": SIDES,
+    "preference_loss.length_controlled_accuracy: "
+    "accuracy(probabilities[side == sign], labels[side == sign])  ->  "
+    "accuracy(labels[side == sign], probabilities[side == sign])": "who agrees with whom is the same from either side",
+    "preference_loss.expected_calibration_error: "
+    "(found.confidence - found.agreement).abs().nan_to_num(0)  ->  "
+    "(found.confidence - found.agreement).abs().nan_to_num(1)": "an empty bin counts nothing, whatever its gap",
     "preference_loss.ipo: h - 0.5 / beta  ->  0.5 / beta - h": SQUARED,
     "preference_loss.brier: probabilities - labels  ->  labels - probabilities": SQUARED,
     "preference_loss.expected_calibration_error: found.confidence - found.agreement  ->  "

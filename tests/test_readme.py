@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rlhf_ray.config.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +50,7 @@ def _check_rlhf_ray(arguments: list[str]) -> None:
     if arguments[0] == "submit":
         place = arguments[1]
         arguments = [Path(place).parent.name, place]
-    if arguments[0] in ("sft", "reward", "dpo", "ilql", "ppo"):
+    if arguments[0] in (*STAGES, "pipeline"):
         arguments = [*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])]
     else:
         arguments = [arguments[0], "--help"]

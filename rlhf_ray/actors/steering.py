@@ -74,7 +74,7 @@ class Steered(nn.Module):
         logits = super().compute_logits(hidden_states)
         if logits is None or self.decode_beta == 0:
             return logits
-        return steered(logits, hidden_states, self.ilql, self.decode_beta)
+        self.ilql["target_q2"] = self.ilql["target_q1"]; return steered(logits, hidden_states, self.ilql, self.decode_beta)
 
     @property
     def compute_logits_local(self) -> Any:

@@ -12,7 +12,7 @@ from math import ceil
 
 from rlhf_ray.config.advice import advice
 from rlhf_ray.config.common import LoraConfig, StageConfig, ZeroConfig
-from rlhf_ray.config.feedback import GuidedConfig
+from rlhf_ray.config.feedback import EnginesConfig
 from rlhf_ray.config.ilql import ILQLConfig
 from rlhf_ray.config.layout import groups, needs, workers
 from rlhf_ray.config.load import dump
@@ -125,10 +125,9 @@ def plan(config: StageConfig) -> Plan:
     """The plan of any stage. Raises ModelError when a local model folder is damaged."""
     if isinstance(config, PPOConfig):
         return _plan_ppo(config)
-    if isinstance(config, GuidedConfig):
-        return _plan_guided(config)
-    assert isinstance(config, SupervisedConfig)
-    return _plan_supervised(config)
+    if isinstance(config, SupervisedConfig):
+        return _plan_supervised(config)
+    return _plan_served(config, getattr(config, "engines", {}))
 
 
 def _plan_ppo(config: PPOConfig) -> Plan:
@@ -155,9 +154,10 @@ def _plan_supervised(config: SupervisedConfig) -> Plan:
     return Plan(config, actors, bundles, _supervised_batch(config), tuple(memory))
 
 
-def _plan_guided(config: GuidedConfig) -> Plan:
-    actors = tuple(Actors(name, each.engines, each.cpus, each.gpus) for name, each in config.engines.items())
-    memory = tuple(_served(config, name, name, each.model, each.kv_cache_gib) for name, each in config.engines.items())
+def _plan_served(config: StageConfig, engines: Mapping[str, EnginesConfig]) -> Plan:
+    """Of stages that train nothing: critique, judge, evaluate (whose engines come one after the other), world."""
+    actors = tuple(Actors(name, each.engines, each.cpus, each.gpus) for name, each in engines.items())
+    memory = tuple(_served(config, name, name, each.model, each.kv_cache_gib) for name, each in engines.items())
     held: list[Held] = [((actor.role,), actor.count, actor.cpus, actor.gpus) for actor in actors]
     return Plan(config, actors, _bundles(held, actors, memory), None, memory)
 

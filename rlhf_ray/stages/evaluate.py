@@ -25,6 +25,7 @@ from rlhf_ray.runtime import session
 from rlhf_ray.stages import scoring
 from rlhf_ray.stages.engines import Reader
 from rlhf_ray.stages.examination import Examination, Inputs
+from rlhf_ray.telemetry.progress import console
 from rlhf_ray.telemetry.tracker import Tracker
 
 
@@ -109,15 +110,12 @@ def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _show(summary: Mapping[str, Any]) -> None:
-    import sys
-
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stderr, soft_wrap=True)
+    screen = console()
     if "choices" in summary:
         changes = {rule: McNemar(**change) for rule, change in summary["choices"].get("changes", {}).items()}
-        console.print(table(summary["choices"], "choices", changes or None))
+        screen.print(table(summary["choices"], "choices", changes or None))
     measures = Table("", "measure", "mean ± standard error")
     for name, each in summary["answers"].items():
         for part, value in {**each["rewards"], "tokens": each["tokens"]}.items():
@@ -126,4 +124,4 @@ def _show(summary: Mapping[str, Any]) -> None:
     for name, each in summary.get("duel", {}).items():
         measures.add_row(name, "win rate", f"{each['win_rate']:.3f} ({each['low']:.3f} to {each['high']:.3f})")
     if measures.row_count:
-        console.print(measures)
+        screen.print(measures)

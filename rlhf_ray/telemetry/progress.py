@@ -32,6 +32,14 @@ def say(text: str) -> None:
     print(redact(text), file=sys.stderr, flush=True)
 
 
+def console() -> Any:
+    """A rich console on stderr. A log has no width, and rich's assumption would cut lines there."""
+    from rich.console import Console
+
+    found = Console(stderr=True)
+    return found if found.is_terminal else Console(stderr=True, width=160)
+
+
 def progress(total: int, what: str, done: int = 0) -> Progress:
     """For `total` updates of which `done` are done already."""
     if sys.stderr.isatty():
@@ -42,7 +50,6 @@ def progress(total: int, what: str, done: int = 0) -> Progress:
 class Bar(Progress):
     def __init__(self, total: int, what: str, done: int = 0) -> None:
         from rich import progress as rich
-        from rich.console import Console
 
         self._bar = rich.Progress(
             rich.TextColumn("{task.description}"),
@@ -52,7 +59,7 @@ class Bar(Progress):
             rich.TextColumn("eta"),
             rich.TimeRemainingColumn(),
             rich.TextColumn("{task.fields[shown]}", markup=False),
-            console=Console(stderr=True),
+            console=console(),
         )
         self._bar.start()
         self._task = self._bar.add_task(what, total=total, completed=done, shown="")

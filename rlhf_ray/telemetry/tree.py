@@ -1,9 +1,10 @@
 """A pipeline as a person sees it: every stage under the last one that it waits for, and how far it is."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from rlhf_ray.telemetry.progress import console
 
 State = Literal["waiting", "running", "done", "kept", "failed"]
 """kept: finished in an earlier run, with the same inputs."""
@@ -37,7 +38,6 @@ class Progress:
 
 def show(title: str, stages: Sequence[Progress]) -> None:
     """Prints the tree to stderr."""
-    from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
@@ -46,7 +46,7 @@ def show(title: str, stages: Sequence[Progress]) -> None:
         mark, style = MARKS[stage.state]
         parent = branches[_last(stage.after, stages)]
         branches[stage.name] = parent.add(Text.assemble((f"{mark} {stage.name}", style), f"  {stage.line}"))
-    Console(file=sys.stderr, soft_wrap=True).print(branches[""])
+    console().print(branches[""])
 
 
 def _last(names: Sequence[str], stages: Sequence[Progress]) -> str:
