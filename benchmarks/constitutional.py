@@ -3,8 +3,8 @@
     python benchmarks/constitutional.py [--seeds 0 1 2] [--folder runs/ablation] [variant ...]
 
 Each variant is configs/pipelines/constitutional.yaml with a few keys changed; stages that variants have in common are
-run once. Prints two tables for docs/constitutional-ai.md and writes benchmarks/results/constitutional.json. What is
-finished in the folder is kept.
+run once, and what is finished in the folder is kept. All runs on one core, so seeds can run side by side. Prints two
+tables for docs/constitutional-ai.md and writes benchmarks/results/constitutional.json.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "configs/pipelines/constitutional.yaml"
 RESULTS = ROOT / "benchmarks/results/constitutional.json"
+SOURCES = "{people: {path: '${world.preferences_helpful}', weight: 0.5}, ai: {path: '${judge.rows}', weight: 0.5}}"
 ENSEMBLE = [
     f"stages.reward_{n}={{stage: reward, config: ../demo/reward.yaml, seed: {100 + n}, model: '${{sft.model}}', "
-    "data: {path: null, sources: {people: {path: '${world.preferences_helpful}', weight: 0.5}, "
-    "ai: {path: '${judge.rows}', weight: 0.5}}}}"
+    f"workers: {{ranks: 1, cpus: 1}}, data: {{path: null, sources: {SOURCES}}}}}"
     for n in (2, 3)
 ]
 VARIANTS: dict[str, list[str]] = {
@@ -36,10 +36,17 @@ VARIANTS: dict[str, list[str]] = {
     ],
     "ensemble of 3": [
         *ENSEMBLE,
-        "stages.ppo.reward={models: ['${reward.model}', '${reward_2.model}', '${reward_3.model}'], combine: worst}",
+        "stages.ppo.reward={model: null, models: ['${reward.model}', '${reward_2.model}', '${reward_3.model}'], combine: worst}",
     ],
 }
 """As configured: 4 rounds, 16 principles, soft labels, one reward model."""
+ONE_CORE = [
+    "stages.sft.workers.cpus=1",
+    "stages.reward.workers.cpus=1",
+    "stages.judge.generator.cpus=0.5",
+    "stages.judge.judge.cpus=0.5",
+    "stages.ppo.roles.cpus=0.25",
+]
 
 
 def main() -> None:
@@ -60,11 +67,13 @@ def main() -> None:
 
 def run(variant: str, seed: int, folder: Path) -> dict[str, Any]:
     from rlhf_ray.config.pipeline import load_pipeline
+    from rlhf_ray.runtime import session
     from rlhf_ray.stages import pipeline
 
     places = [f"name=seed_{seed}", f"output_dir={folder}", f"seed={seed}", "defaults={telemetry: {wandb: 'off'}}"]
     began = time.monotonic()
-    made = pipeline.run(*load_pipeline(PIPELINE, [*VARIANTS[variant], *places]))
+    with session.connect(cpus=1):
+        made = pipeline.run(*load_pipeline(PIPELINE, [*VARIANTS[variant], *ONE_CORE, *places]))
     found = {name: json.loads((Path(stage["folder"]) / "summary.json").read_text()) for name, stage in made.items()}
     return {
         "variant": variant,

@@ -79,7 +79,8 @@ EQUIVALENT = {
     "preference_loss.length_controlled_accuracy: "
     "(lengths[:, 0] - lengths[:, 1]).sign() * (labels - 0.5).sign()  ->  "
     "(lengths[:, 0] - lengths[:, 1]).sign() / (labels - 0.5).sign()": "by a sign, or by zero, which is on neither side",
-    "preference_loss.length_controlled_accuracy: lengths[:, 0] - lengths[:, 1]  ->  lengths[:, 1] - lengths[:, 0]": SIDES,
+    "preference_loss.length_controlled_accuracy: "
+    "lengths[:, 0] - lengths[:, 1]  ->  lengths[:, 1] - lengths[:, 0]": SIDES,
     "preference_loss.length_controlled_accuracy: labels - 0.5  ->  0.5 - labels": SIDES,
     "preference_loss.length_controlled_accuracy: "
     "accuracy(probabilities[side == sign], labels[side == sign])  ->  "

@@ -74,11 +74,11 @@ class Steered(nn.Module):
         logits = super().compute_logits(hidden_states)
         if logits is None or self.decode_beta == 0:
             return logits
-        self.ilql["target_q2"] = self.ilql["target_q1"]; return steered(logits, hidden_states, self.ilql, self.decode_beta)
+        return steered(logits, hidden_states, self.ilql, self.decode_beta)
 
     @property
     def compute_logits_local(self) -> Any:
-        """A rank's part of the policy's logits, which vLLM would sample from unsteered; it looks whether there is one."""
+        """Some policies have it: a rank's part of their logits, from which vLLM would sample. There must be none here."""
         raise AttributeError("compute_logits_local")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
