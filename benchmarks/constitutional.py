@@ -56,13 +56,14 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/ablation")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="what is there already is added to")
     chosen = parser.parse_args()
-    rows = {(row["variant"], row["seed"]): row for row in (json.loads(RESULTS.read_text()) if RESULTS.exists() else [])}
+    there = json.loads(chosen.results.read_text()) if chosen.results.exists() else []
+    rows = {(row["variant"], row["seed"]): row for row in there}
     for seed in chosen.seeds:
         for variant in chosen.variants:
             rows[variant, seed] = run(variant, seed, chosen.folder.absolute())
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
+            chosen.results.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
     print(table(list(rows.values())))
     print(rounds(list(rows.values())))
 

@@ -7,7 +7,7 @@ Targets are no parameters but fp32 copies, whole on every rank: no optimiser, no
 touch them. A target is only asked for the token that was taken, one row of its last weight, and never for a vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,10 +120,9 @@ def value_head(hidden: int, outputs: int, like: Tensor) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, 2 * hidden, **place), nn.ReLU(), last)
 
 
-def decoding_heads(hidden: int, vocabulary: int, like: Tensor) -> nn.ModuleDict:
-    """V and both targets of Q, which are all that decoding asks, by name."""
-    outputs = {"v": 1, f"{TARGET}q1": vocabulary, f"{TARGET}q2": vocabulary}
-    return nn.ModuleDict({name: value_head(hidden, size, like) for name, size in outputs.items()})
+def decoding_heads(vocabulary: int, head: Callable[[int], nn.Module]) -> nn.ModuleDict:
+    """V and both targets of Q, which are all that decoding asks, by name; `head` makes one of so many outputs."""
+    return nn.ModuleDict({"v": head(1), f"{TARGET}q1": head(vocabulary), f"{TARGET}q2": head(vocabulary)})
 
 
 def steered(logits: Tensor, hidden: Tensor, heads: nn.ModuleDict, decode_beta: float) -> Tensor:
@@ -153,7 +152,8 @@ class Decoder:
 
         tensors = load_file(folder / FILE)
         self.model = model
-        self.heads = decoding_heads(model.config.hidden_size, model.config.vocab_size, next(model.parameters()))
+        hidden, like = model.config.hidden_size, next(model.parameters())
+        self.heads = decoding_heads(model.config.vocab_size, lambda outputs: value_head(hidden, outputs, like))
         for name, head in self.heads.items():
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
             head.load_state_dict(own)

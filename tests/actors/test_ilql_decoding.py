@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from rlhf_ray.actors.rollout import RolloutEngine, RolloutSettings, environment
 from rlhf_ray.actors.weight_transfer import make_sender
 from rlhf_ray.config.common import StageConfig
+from rlhf_ray.config.evaluation import EvaluateConfig
 from rlhf_ray.config.feedback import EnginesConfig
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.q_heads import FILE, SETTINGS, Decoder, value_head
@@ -202,6 +203,26 @@ def test_policy_and_values_are_published_together_or_not_at_all(engine: Any, che
         answers = generate(engine, PROMPTS, np.arange(5) * 3)
         expected = tables(folder, answers, STARTED_WITH)
         np.testing.assert_allclose(answers.sampler_logprobs, of_tokens(expected, answers), atol=1e-4)
+
+
+# Configuration
+
+
+def test_only_the_policy_that_is_examined_is_steered() -> None:
+    told = {
+        "name": "run",
+        "policy": {"model": "ilql", "decode_beta": 4},
+        "reference": "other",
+        "duel": {"opponent": "ilql", "judge": {"model": "judge"}},
+        "answers": {"all": {"path": "rows.jsonl", "duel": True}},
+    }
+    engines = EvaluateConfig.model_validate(told).engines
+    assert {name: each.decode_beta for name, each in engines.items()} == {
+        "policy": 4,
+        "reference": None,
+        "duel.opponent": None,
+        "duel.judge": None,
+    }
 
 
 # Refused before an engine starts

@@ -168,6 +168,32 @@ def test_results_that_would_be_deleted_with_the_jobs_directory_are_refused_insid
     assert "output_dir 'runs' is relative" in ran.stdout + ran.stderr
 
 
+@pytest.mark.real
+def test_each_stage_of_a_pipeline_is_a_job_and_finished_ones_are_not_submitted_again(cluster: Cluster) -> None:
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+    (cluster.shared / "talk.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 16)
+    stage = {"model": str(cluster.shared / "policy"), "data": {"path": str(cluster.shared / "talk.jsonl")}}
+    tree = {
+        "name": "line",
+        "output_dir": str(cluster.shared / "runs"),
+        "defaults": {"telemetry": {"wandb": "off"}, "deadline_s": 100},
+        "stages": {"sft": stage, "again": {"stage": "sft", **stage, "model": "${sft.model}"}},
+    }
+    (cluster.project / "line.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    line = ["rlhf-ray", "pipeline", "line.yaml", "--address", cluster.address, "--until"]
+
+    ran = cluster.command(*line, "sft")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("SUCCEEDED") == 1
+    ran = cluster.command(*line, "again")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("SUCCEEDED") == 1, "the first is finished, the second is a job"
+    folder = cluster.shared / "runs/line"
+    models = [json.loads((folder / name / "summary.json").read_text())["model"] for name in ("sft", "again")]
+    assert models[0] != models[1]
+    assert "/line/sft-" in models[0]
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
