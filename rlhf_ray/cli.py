@@ -6,6 +6,7 @@ without waiting for torch, Ray or vLLM.
 
 import json
 import sys
+from contextlib import redirect_stdout
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -143,7 +144,9 @@ def pipeline(
     sys.path.append(str(Path.cwd()))
     from rlhf_ray.stages.pipeline import run
 
-    print(json.dumps(run(loaded, nodes, address, again or (), until), indent=2))
+    with redirect_stdout(sys.stderr):
+        summary = run(loaded, nodes, address, again or (), until)
+    print(json.dumps(summary, indent=2))
 
 
 @app.command()
@@ -223,7 +226,8 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
     sys.path.append(str(Path.cwd()))
     from rlhf_ray.stages import runner_of
 
-    summary = runner_of(stage)(config, address)
+    with redirect_stdout(sys.stderr):  # libraries log to stdout, where only the summary belongs
+        summary = runner_of(stage)(config, address)
     print(json.dumps(summary, indent=2, default=str))
 
 

@@ -157,9 +157,10 @@ def _plan_supervised(config: SupervisedConfig) -> Plan:
 def _plan_served(config: StageConfig, engines: Mapping[str, EnginesConfig]) -> Plan:
     """Of stages that train nothing: critique, judge, evaluate (whose engines come one after the other), world."""
     actors = tuple(Actors(name, each.engines, each.cpus, each.gpus) for name, each in engines.items())
-    memory = tuple(_served(config, name, name, each.model, each.kv_cache_gib) for name, each in engines.items())
+    memory = [_served(config, name, name, each.model, each.kv_cache_gib) for name, each in engines.items()]
+    memory += [_values(config, name, each) for name, each in engines.items() if each.decode_beta is not None]
     held: list[Held] = [((actor.role,), actor.count, actor.cpus, actor.gpus) for actor in actors]
-    return Plan(config, actors, _bundles(held, actors, memory), None, memory)
+    return Plan(config, actors, _bundles(held, actors, memory), None, tuple(memory))
 
 
 # Batch arithmetic
@@ -205,6 +206,13 @@ def _served(config: StageConfig, role: str, part: str, model: str, kv_cache_gib:
     tokens = kv_cache // (values * _width(config)) if values else None
     weights = _times(size.parameters, _width(config))
     return Memory(role, part, model, size, weights, kv_cache=kv_cache, kv_cache_tokens=tokens)
+
+
+def _values(config: StageConfig, role: str, section: EnginesConfig) -> Memory:
+    """V and both Q of a steered engine: whole on each of its GPUs."""
+    parameters, _ = q_head_parameters(section.model) or (None, None)
+    size = ModelSize(parameters, "config.json" if parameters else "unknown")
+    return Memory(role, "values", section.model, size, _times(parameters, _width(config) * max(1, int(section.gpus))))
 
 
 def _reward(config: PPOConfig) -> list[Memory]:

@@ -88,6 +88,17 @@ def test_generator_and_judge_are_planned_with_their_weights_and_caches() -> None
     assert {node for bundles in found.bundles for node in bundles.nodes} == {1}
 
 
+def test_values_that_steer_are_planned_beside_their_policy_and_whole_on_each_gpu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 4, "vocab_size": 10}')
+    generator = {"model": str(tmp_path), "gpus": 2, "decode_beta": 4}
+    config = {"name": "x", "device": "gpu", "data": {"path": "d"}, "generator": generator}
+    parts = plan(CritiqueConfig.model_validate(config)).memory
+    # An inner layer is 4 * 8 + 8, V's outer 8 + 1, each Q's 8 * 10 + 10; two bytes on each of two GPUs.
+    assert [(part.part, part.weights) for part in parts[1:]] == [("values", 2 * 2 * (3 * 40 + 9 + 2 * 90))]
+    parts = plan(CritiqueConfig.model_validate({**config, "generator": {**generator, "decode_beta": None}})).memory
+    assert len(parts) == 1
+
+
 def test_a_plan_without_training_has_no_batch() -> None:
     text = render(
         plan(CritiqueConfig.model_validate({"name": "x", "data": {"path": "d"}, "generator": {"model": "m"}}))

@@ -184,10 +184,10 @@ def test_each_stage_of_a_pipeline_is_a_job_and_finished_ones_are_not_submitted_a
 
     ran = cluster.command(*line, "sft")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("SUCCEEDED") == 1
+    assert ran.stderr.count("SUCCEEDED") == 1
     ran = cluster.command(*line, "again")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count("SUCCEEDED") == 1, "the first is finished, the second is a job"
+    assert ran.stderr.count("SUCCEEDED") == 1, "the first is finished, the second is a job"
     folder = cluster.shared / "runs/line"
     models = [json.loads((folder / name / "summary.json").read_text())["model"] for name in ("sft", "again")]
     assert models[0] != models[1]
