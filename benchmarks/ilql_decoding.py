@@ -26,7 +26,7 @@ from rlhf_ray.models.q_heads import FILE, SETTINGS, Decoder, decoding_heads, ste
 from rlhf_ray.records import Ragged
 
 RESULTS = Path(__file__).parent / "results/ilql_decoding.json"
-PROMPTS, PROMPT_TOKENS, REPEATS = 32, 16, 4
+PROMPTS, PROMPT_TOKENS, REPEATS = 32, 16, 6
 
 
 class Shape(NamedTuple):

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from rlhf_ray.config.stages import STAGES
 
 ROOT = Path(__file__).parents[1]

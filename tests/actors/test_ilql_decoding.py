@@ -72,7 +72,7 @@ def engine(ray_session: None, checkpoint: Path, request: pytest.FixtureRequest) 
     variables = environment("cpu", request.config.cache.mkdir("vllm"))  # type: ignore[union-attr]
     kind = ray.remote(RolloutEngine).options(num_cpus=1, runtime_env={"env_vars": variables})
     handle = kind.remote(settings_of(checkpoint, STARTED_WITH))
-    ray.get(handle.ready.remote(), timeout=180)
+    ray.get(handle.ready.remote(), timeout=300)
     yield handle
     ray.get(handle.shutdown.remote(), timeout=60)
     ray.kill(handle)
