@@ -36,13 +36,13 @@ def shortage(wanted: Sequence[Group], machines: Sequence[Resources]) -> str | No
     return None
 
 
-def check(wanted: Sequence[Group]) -> None:
-    """Raises ResourceError when the cluster is too small for all of `wanted`."""
+def check(wanted: Sequence[Group], where: str = "the configuration") -> None:
+    """Raises ResourceError when the cluster is too small for all of `wanted`, which stands in `where`."""
     import ray
 
     lacking = shortage(wanted, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if lacking:
-        raise ResourceError(f"{lacking}. Ask for less, or add machines")
+        raise ResourceError(f"{lacking}. Ask for less in {where}, or add machines")
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Placement:
     needs: Mapping[str, Resources]
     """Role -> what one worker of it takes of its bundle."""
     deadline_s: float
+    section: str = "the configuration"
+    """Where the person can ask for less."""
     where: dict[str, Any] = field(default_factory=dict)
     placed: list[Any] = field(default_factory=list)
     actors: list[Any] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Placement:
         """Raises ResourceError at once when the cluster is too small, or when it stays too busy."""
         from ray.util.placement_group import placement_group
 
-        check(self.wanted)
+        check(self.wanted, self.section)
         for group in self.wanted:
             place = placement_group([dict(bundle) for bundle in group.bundles], strategy="PACK")
             self.placed.append(place)

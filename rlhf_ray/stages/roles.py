@@ -59,7 +59,7 @@ class Roles:
         self.optimizer_steps = optimizer_steps
         self.deadline_s = config.roles.deadline_s
         taken: dict[str, dict[str, float]] = {role: needs(config, role) for role in ROLES}
-        self.placement = Placement(groups(config), taken, self.deadline_s)
+        self.placement = Placement(groups(config), taken, self.deadline_s, "`roles`")
 
     def __enter__(self) -> "Roles":
         try:
