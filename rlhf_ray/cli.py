@@ -226,8 +226,9 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
     sys.path.append(str(Path.cwd()))
     from rlhf_ray.stages import runner_of
 
-    with redirect_stdout(sys.stderr):  # libraries log to stdout, where only the summary belongs
-        summary = runner_of(stage)(config, address)
+    with redirect_stdout(sys.stderr):  # a library's log keeps the stdout of its import; only the summary belongs there
+        run = runner_of(stage)
+    summary = run(config, address)
     print(json.dumps(summary, indent=2, default=str))
 
 

@@ -269,7 +269,7 @@ def test_a_failure_that_shows_the_key_is_masked(server: ChatServer) -> None:
 
 def test_a_server_on_which_everything_fails_is_not_asked_for_ever(server: ChatServer) -> None:
     server.replies = [Said("no", 400)]
-    with pytest.raises(JudgeError, match=r"20 requests in a row failed; the last: refused: HTTP 400: no"):
+    with pytest.raises(JudgeError, match=r"2\d requests in a row failed; the last: refused: HTTP 400: no"):
         judge_of(server).choices([TURNS] * 1000)
     assert len(server.requests) <= 30
 
