@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_ray.actors.weight_transfer.buckets import Parameter
-from rlhf_ray.errors import DeadlineError, PublicationError, RLHFError
+from rlhf_ray.errors import DeadlineError, RLHFError
 
 CallAll = Callable[[Sequence[Any], str, Sequence[tuple], float], list[Any]]
 
@@ -12,10 +12,11 @@ CallAll = Callable[[Sequence[Any], str, Sequence[tuple], float], list[Any]]
 def call_all(handles: Sequence[Any], method: str, arguments: Sequence[tuple], deadline_s: float) -> list[Any]:
     """Calls `method` of every Ray actor at once, the i-th with `arguments[i]`; answers in order.
 
-    Raises DeadlineError, PublicationError when an actor died, or the RLHFError that an actor raised.
+    Raises DeadlineError, or the RLHFError that an actor raised. Of an actor that died Ray's own error goes on, in which
+    the driver finds its name.
     """
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayTaskError
 
     refs = [getattr(handle, method).remote(*args) for handle, args in zip(handles, arguments, strict=True)]
     try:
@@ -30,8 +31,6 @@ def call_all(handles: Sequence[Any], method: str, arguments: Sequence[tuple], de
         if isinstance(error.cause, RLHFError):
             raise error.cause from None
         raise
-    except RayActorError as error:
-        raise PublicationError(f"a rollout engine died during {method}: {error}") from None
 
 
 class Engines:
