@@ -39,7 +39,8 @@ def run(config: EvaluateConfig, address: str | None = None) -> dict[str, Any]:
                 measured = found.measure_items(policy)
                 sampled = {name: found.sample(policy, prompts) for name, prompts in inputs.prompts.items()}
             summary: dict[str, Any] = {}
-            with found.reward() as reward:
+            measured = found.beside_reference(measured)
+            with found.reward() as reward:  # one model is up at a time
                 if inputs.items:
                     summary["choices"] = found.choices(measured, reward)
                 if inputs.pairs and reward:

@@ -75,6 +75,14 @@ class Examination:
             for place, (own, other) in enumerate(zip(logprobs, neutral, strict=True))
         ]
 
+    def beside_reference(self, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The same with what the reference's log-probabilities say, where there is one."""
+        if self.config.reference is None or not measured:
+            return measured
+        with self.engines("reference") as reference:
+            others = self._item_logprobs(reference, [item.prompt for item in self.inputs.items])
+        return [{**each, "reference": other} for each, other in zip(measured, others, strict=True)]
+
     @contextmanager
     def reward(self) -> Iterator[scoring.Scorer | None]:
         """What scores given answers; None where no reward is configured."""
@@ -87,11 +95,7 @@ class Examination:
             yield up
 
     def choices(self, measured: list[dict[str, Any]], reward: scoring.Scorer | None) -> dict[str, Any]:
-        config, found = self.config, self.inputs.items
-        if config.reference is not None:
-            with self.engines("reference") as reference:
-                others = self._item_logprobs(reference, [item.prompt for item in found])
-            measured = [{**each, "reference": other} for each, other in zip(measured, others, strict=True)]
+        found = self.inputs.items
         if reward is not None:
             scores = self._item_rewards(reward)
             measured = [{**each, "rewards": own} for each, own in zip(measured, scores, strict=True)]
