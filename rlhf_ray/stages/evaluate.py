@@ -20,11 +20,13 @@ from rlhf_ray.data.templates import ensure_chat_template
 from rlhf_ray.errors import DataError
 from rlhf_ray.evaluation.items import OWN, Item, items
 from rlhf_ray.evaluation.table import table
+from rlhf_ray.feedback import constitution as constitutions
 from rlhf_ray.models import load
 from rlhf_ray.runtime import session
 from rlhf_ray.stages import scoring
 from rlhf_ray.stages.engines import Reader
 from rlhf_ray.stages.examination import Examination, Inputs
+from rlhf_ray.stages.reward_check import check_reward
 from rlhf_ray.telemetry.progress import console
 from rlhf_ray.telemetry.tracker import Tracker
 
@@ -58,8 +60,17 @@ def run(config: EvaluateConfig, address: str | None = None) -> dict[str, Any]:
 def prepare(config: EvaluateConfig, folder: Path) -> Inputs:
     trust, quarantine = config.trust_remote_code, Quarantine(folder / "quarantine.jsonl")
     readers = {name: Reader(section, name, trust) for name, section in config.engines.items()}
-    for where, reward in _rewards(config).items():
-        scoring.check(reward, where, trust)
+    policy = readers["policy"].tokenizer
+    for name, section in config.answers.items():
+        if section.rewards:
+            measures = RewardSection(parts=section.rewards)
+            check_reward(measures, policy, config.policy.model, trust, f"answers.{name}.rewards")
+    if config.reward:
+        own = scoring.tokenizer_of(config.reward, config.policy.model)
+        check_reward(config.reward, load.tokenizer(own, "reward", trust), own, trust)
+    constitutions.load(config.constitution)
+    if config.duel:
+        constitutions.load(config.duel.constitution).only(config.duel.principles)
     path = str(OWN) if config.items == "hhh" else config.items
     found = items(DataConfig(path=path), quarantine) if path else []
     pairs = []
@@ -69,19 +80,12 @@ def prepare(config: EvaluateConfig, folder: Path) -> Inputs:
         pairs = rows.benchmark_pairs(data, ensure_chat_template(tokenizer), quarantine.another())
     room = config.policy.max_tokens - config.policy.max_new_tokens
     prompts = {
-        name: rows.prompts(section.data(room), readers["policy"].tokenizer, quarantine.another())
-        for name, section in config.answers.items()
+        name: rows.prompts(section.data(room), policy, quarantine.another()) for name, section in config.answers.items()
     }
     before = None
     if config.before is not None:
         before = _earlier(Path(config.before), found)
     return Inputs(readers, found, pairs, prompts, before)
-
-
-def _rewards(config: EvaluateConfig) -> dict[str, RewardSection]:
-    found = {"reward": config.reward} if config.reward else {}
-    measures = {name: section.rewards for name, section in config.answers.items() if section.rewards}
-    return found | {f"answers.{name}.rewards": RewardSection(parts=parts) for name, parts in measures.items()}
 
 
 def _earlier(folder: Path, found: Sequence[Item]) -> list[dict[str, Any]]:

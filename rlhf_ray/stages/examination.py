@@ -116,8 +116,12 @@ class Examination:
         return reward_bench.evaluate(self.inputs.pairs, score).summary()
 
     def sample(self, engines: Engines, prompts: Sequence[rows.Prompt]) -> list[Answer]:
-        """One answer to each; the same random numbers for every model."""
-        return engines.sample([prompt.ids.tolist() for prompt in prompts], range(len(prompts)))
+        """One answer to each, read by the model's own tokenizer; the same random numbers for every model."""
+        try:
+            contexts = [engines.reader.ids(prompt.turns) for prompt in prompts]
+        except BadRow as fault:
+            raise DataError(f"a prompt cannot be put to {engines.name}: {fault}; raise policy.max_tokens") from None
+        return engines.sample(contexts, range(len(prompts)))
 
     def describe(self, name: str, answers: Sequence[Answer]) -> dict[str, Any]:
         """Statistics of the answers to one section's prompts; all of them are in `answers-<name>.jsonl`."""
@@ -226,8 +230,10 @@ def _fought(fights: Sequence[Judged]) -> dict[str, Any]:
             failed += 1
             continue
         p.append((ours_first, theirs_first))
-    if not p:
-        raise JudgeError(f"the judge answered none of {failed} pairs")
+    if 2 * failed > len(fights):
+        raise JudgeError(
+            f"the judge failed on {failed} of {len(fights)} pairs; the rest say too little"
+        )
     return {**duels.duels(np.array(p, np.float64))._asdict(), "failed": failed}
 
 

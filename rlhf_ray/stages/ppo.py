@@ -16,16 +16,15 @@ from rlhf_ray import interrupts
 from rlhf_ray.algorithms.kl import AdaptiveKL, BudgetKL, FixedKL
 from rlhf_ray.config.advice import advice
 from rlhf_ray.config.ppo import DAPO, AdaptiveController, BudgetController, PPOConfig
-from rlhf_ray.config.rewards import Weights
 from rlhf_ray.data import rows
 from rlhf_ray.data.order import SampleOrder
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.templates import ensure_chat_template
 from rlhf_ray.errors import ModelError, StopRequested, TrainingError
 from rlhf_ray.models import load
-from rlhf_ray.models.averaging import check_same_shapes
 from rlhf_ray.records import Ragged
 from rlhf_ray.runtime import checkpoints, session
+from rlhf_ray.stages.reward_check import check_reward
 from rlhf_ray.telemetry.clock import PhaseClock
 from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.tracker import Tracker
@@ -81,7 +80,7 @@ def prepare(config: PPOConfig, folder: Path) -> Inputs:
             f"policy '{config.policy}' has a context of {context} tokens; data.max_tokens {config.data.max_tokens} + "
             f"rollout.max_new_tokens {config.rollout.max_new_tokens} = {longest} do not fit; lower one of them"
         )
-    _check_reward(config, tokenizer)
+    check_reward(config.reward, tokenizer, config.policy, trust)
     quarantine = Quarantine(folder / "quarantine.jsonl")
     prompts = rows.prompts(config.data, tokenizer, quarantine)
     return Inputs(tokenizer, load.eos_ids(config.policy, tokenizer), prompts)
@@ -256,24 +255,6 @@ class Totals:
             "logprob_gap_max": self.gap,
             "policy": self.policy,
         }
-
-
-def _check_reward(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    trust = config.trust_remote_code
-    for place, source in config.reward.sources.items():
-        if source.function is not None:
-            from rlhf_ray.actors.reward import imported
-
-            imported(source.function)
-        for number, path in enumerate(source.members):
-            role = f"{place}.model" if source.model else f"{place}.models[{number}]"
-            description = load.model_config(path, role, trust)
-            load.check_reward_model(description, path, role)
-            other = load.tokenizer(path, role, trust)
-            load.check_vocabulary(other, description, path, role)
-            load.check_same_tokenizer(tokenizer, other, config.policy, path)
-        if isinstance(source.combine, Weights):
-            check_same_shapes(source.members)
 
 
 @contextmanager

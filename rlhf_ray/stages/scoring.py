@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ray.actors.reward import Rewards, imported
+from rlhf_ray.actors.reward import Rewards
 from rlhf_ray.config.common import StageConfig
 from rlhf_ray.config.layout import Group
 from rlhf_ray.config.rewards import RewardSection
-from rlhf_ray.models import load
 from rlhf_ray.records import Trajectories
 from rlhf_ray.runtime.deadlines import fetch
 from rlhf_ray.runtime.environment import torch_environment
@@ -40,15 +39,6 @@ class Scorer:
 def tokenizer_of(reward: RewardSection, otherwise: str) -> str:
     """The model whose tokenizer the reward reads; one without models reads text."""
     return next(iter(reward.members), otherwise)
-
-
-def check(reward: RewardSection, where: str, trust_remote_code: bool) -> None:
-    """Before anything is started: models are reward models, functions can be imported."""
-    for source in reward.sources.values():
-        for model in source.members:
-            load.check_reward_model(load.model_config(model, where, trust_remote_code), model)
-        if source.function is not None:
-            imported(source.function)
 
 
 @contextmanager

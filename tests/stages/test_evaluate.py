@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ray.config.evaluation import EvaluateConfig
 from rlhf_ray.data.templates import answer_ids, prompt_ids
-from rlhf_ray.errors import DataError, RewardError
+from rlhf_ray.errors import DataError, ModelError, RewardError
 from rlhf_ray.models import load
 from rlhf_ray.stages import evaluate
 
@@ -46,6 +46,14 @@ def files(tmp_path_factory: pytest.TempPathFactory, reward_model: str) -> Path:
     for name, rows in (("items", ITEMS), ("pairs", PAIRS), ("prompts", [{"prompt": prompt} for prompt in PROMPTS])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny.write_judge(folder / "opponent", seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, policy: str) -> str:
+    """It reads the ids that the policy writes."""
+    folder = tiny.write_reward_model(tmp_path_factory.mktemp("judging"))
+    load.tokenizer(policy, "policy").save_pretrained(folder)
     return folder
 
 
@@ -191,6 +199,15 @@ def test_other_items_than_before_are_refused(files: Path, policy: str, reward_mo
     config = config_of(files, policy, reward_model, "other", before=str(tmp_path))
     with pytest.raises(DataError, match="is of other items"):
         evaluate.run(config)
+
+
+def test_a_reward_model_that_reads_other_ids_than_the_policy_writes_is_refused(
+    files: Path, policy: str, reward_model: str, tmp_path: Path
+) -> None:
+    other = tiny.write_reward_model(tmp_path / "other")  # its tokenizer has no letters for the options
+    answers = {"plain": {"path": str(files / "prompts.jsonl"), "rewards": {"x": {"model": other}}}}
+    with pytest.raises(ModelError, match="policy and reward model exchange token ids"):
+        evaluate.run(config_of(files, policy, reward_model, "ids", answers=answers, duel=None))
 
 
 def test_a_measure_that_cannot_be_imported_is_refused_before_a_model_is_loaded(
