@@ -3,7 +3,6 @@
 Answers are sampled with transformers, not with the rollout engine: a second road to the same policy.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_ray.actors.reward import RewardModel
+from rlhf_ray.algorithms import intervals
 from rlhf_ray.data.templates import answer_ids, prompt_ids
 from rlhf_ray.demo import gold
 from rlhf_ray.models import load
@@ -33,8 +33,8 @@ class Measured:
 
 def mean_and_se(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Mean and its standard error, sd / sqrt(n), sd with Bessel's correction."""
-    array = np.asarray(values, dtype=np.float64)
-    return {"mean": float(array.mean()), "se": float(array.std(ddof=1) / math.sqrt(len(array)))}
+    mean, se = intervals.mean_and_se([float(value) for value in values])
+    return {"mean": mean, "se": se}
 
 
 def measure(policy: str, reward: RewardModel, prompts: list[str], max_new_tokens: int, seed: int) -> Measured:

@@ -4,7 +4,6 @@ Leaves `transcripts.jsonl`, everything that was said, and `revisions.jsonl`, row
 crash it goes on where it stopped, and ends with the same files as an uninterrupted run.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from rlhf_ray.data.quarantine import BadRow, Quarantine
 from rlhf_ray.data.templates import as_messages
 from rlhf_ray.feedback import constitution as constitutions
 from rlhf_ray.feedback.constitution import Constitution
-from rlhf_ray.feedback.critique import MOST_STEPS, Said, Step, Transcript, sft_rows, steps
+from rlhf_ray.feedback.critique import MOST_STEPS, Step, Transcript, sft_rows, steps
 from rlhf_ray.feedback.journal import Journal
 from rlhf_ray.runtime import session
 from rlhf_ray.stages.engines import Engines, Reader
-from rlhf_ray.telemetry.run_folder import write_atomically
+from rlhf_ray.telemetry.run_folder import write_rows
 from rlhf_ray.telemetry.tracker import Tracker
 
 
@@ -78,7 +77,7 @@ def discuss(
             [ids for _, ids in asked], [each.prompt_id * MOST_STEPS + step.number for each, _ in asked]
         )
         for (each, _), answer in zip(asked, answers, strict=True):
-            each.hear(step, Said(answer.text, answer.tokens, answer.logprob, answer.finish))
+            each.hear(step, answer.said)
 
 
 def _ids(each: Transcript, constitution: Constitution, seed: int, step: Step, reader: Reader) -> list[int] | None:
@@ -95,7 +94,7 @@ def _finish(
     folder, marks = tracker.folder.path, _marks(config, constitution)
     kept = [{**row, **marks} for each in transcripts for row in sft_rows(each, config.keep)]
     path = folder / "revisions.jsonl"
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    write_rows(path, kept)
     causes = Counter(each.dropped.partition(":")[0] for each in transcripts if each.dropped)
     summary = {
         "prompts": len(transcripts),

@@ -19,6 +19,7 @@ from rlhf_ray.data.quarantine import BadRow
 from rlhf_ray.data.rows import Turns
 from rlhf_ray.data.templates import answer_ids, ensure_chat_template, prompt_ids
 from rlhf_ray.errors import ModelError
+from rlhf_ray.feedback.critique import Said
 from rlhf_ray.models import load
 from rlhf_ray.records import Finish, Float32, Ragged, Trajectories
 from rlhf_ray.runtime.deadlines import arrivals, fetch
@@ -42,6 +43,11 @@ class Answer:
     finish: Literal["eos", "length"]
     ids: list[int]
     """[tokens]"""
+
+    @property
+    def said(self) -> Said:
+        """What is kept of it."""
+        return Said(self.text, self.tokens, self.logprob, self.finish)
 
 
 class Reader:

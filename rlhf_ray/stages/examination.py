@@ -3,7 +3,6 @@
 Nothing is left out: an item that cannot be measured is an error, as is a measure that cannot be had.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from rlhf_ray.stages import scoring
 from rlhf_ray.stages.engines import Answer, Engines, Reader
 from rlhf_ray.stages.judge import EngineJudge, compare, option_ids
 from rlhf_ray.telemetry.progress import say
-from rlhf_ray.telemetry.run_folder import finite, write_atomically
+from rlhf_ray.telemetry.run_folder import write_rows
 
 NEUTRAL = "?"
 """A prompt that says nothing, for what the prompt adds to an answer's log-probability."""
@@ -100,7 +99,7 @@ class Examination:
             scores = self._item_rewards(reward)
             measured = [{**each, "rewards": own} for each, own in zip(measured, scores, strict=True)]
         results = choice.evaluate(found, [choice.Measured(**each) for each in measured])
-        _write_rows(self.folder / "items.jsonl", results.rows())
+        write_rows(self.folder / "items.jsonl", results.rows())
         summary = results.summary()
         if self.inputs.before is not None:
             changes = choice.compare(self.inputs.before, results.rows())
@@ -132,7 +131,7 @@ class Examination:
             with scoring.scorer(reward, tokenizer, self.config, self.config.deadline_s) as up:
                 columns = up.columns([prompt.ids for prompt in prompts], [answer.ids for answer in answers])
             scores = {part: columns[:, place].tolist() for place, part in enumerate(section.rewards, 1)}
-        _write_rows(
+        write_rows(
             self.folder / f"answers-{name}.jsonl",
             [
                 {
@@ -231,11 +230,5 @@ def _fought(fights: Sequence[Judged]) -> dict[str, Any]:
             continue
         p.append((ours_first, theirs_first))
     if 2 * failed > len(fights):
-        raise JudgeError(
-            f"the judge failed on {failed} of {len(fights)} pairs; the rest say too little"
-        )
+        raise JudgeError(f"the judge failed on {failed} of {len(fights)} pairs; the rest say too little")
     return {**duels.duels(np.array(p, np.float64))._asdict(), "failed": failed}
-
-
-def _write_rows(path: Path, some: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in some))

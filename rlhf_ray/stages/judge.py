@@ -4,7 +4,6 @@ Leaves `judgements.jsonl`, everything that was asked and said, and `preferences.
 `dpo`. Run again after a crash it goes on where it stopped, and ends with the same files as an uninterrupted run.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +20,13 @@ from rlhf_ray.errors import ConfigError, JudgeError, ModelError
 from rlhf_ray.feedback import constitution as constitutions
 from rlhf_ray.feedback import measures
 from rlhf_ray.feedback.constitution import Constitution
-from rlhf_ray.feedback.critique import Said
 from rlhf_ray.feedback.endpoint import Endpoint
 from rlhf_ray.feedback.journal import Journal
 from rlhf_ray.feedback.judging import OPTIONS, Judge, Judged, Reply, Response, check_answers, preferences
 from rlhf_ray.runtime import session
 from rlhf_ray.runtime.placement import check
-from rlhf_ray.stages.engines import Answer, Engines, Reader
-from rlhf_ray.telemetry.run_folder import write_atomically
+from rlhf_ray.stages.engines import Engines, Reader
+from rlhf_ray.telemetry.run_folder import write_rows
 from rlhf_ray.telemetry.tracker import Tracker
 
 
@@ -65,7 +63,7 @@ class EngineJudge:
         def ask(contexts: list[list[int]], places: list[int]) -> list[Reply]:
             answers = self.engines.sample(contexts, [sample_ids[place] for place in places])
             return [
-                Reply(_said(answer), tokens_in=len(context), tokens_out=answer.tokens)
+                Reply(answer.said, tokens_in=len(context), tokens_out=answer.tokens)
                 for context, answer in zip(contexts, answers, strict=True)
             ]
 
@@ -185,8 +183,8 @@ def answer(generator: Engines, block: Sequence[Judged], responses: int) -> None:
             each.dropped = str(fault)
     asked = [(place, number) for place in contexts for number in range(responses)]
     ids = [block[place].answer_id(number) for place, number in asked]
-    for (place, _), said in zip(asked, generator.sample([contexts[place] for place, _ in asked], ids), strict=True):
-        block[place].take(_said(said))
+    for (place, _), answered in zip(asked, generator.sample([contexts[place] for place, _ in asked], ids), strict=True):
+        block[place].take(answered.said)
 
 
 def compare(judge: Judge, constitution: Constitution, block: Sequence[Judged], chain_of_thought: bool) -> None:
@@ -219,7 +217,7 @@ def _finish(
     source = {"label_source": "ai", "cot": config.chain_of_thought, **marks}
     kept = [{**row, **source} for each in own for row in preferences(each, config.most, config.labels == "hard")]
     path = folder / "preferences.jsonl"
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    write_rows(path, kept)
     if not kept:
         raise JudgeError(f"no pair has a label; {folder / 'judgements.jsonl'} says why, question by question")
     questions = [question for each in judged for question in each.questions]
@@ -270,10 +268,6 @@ def _cost(config: JudgeConfig, judged: Sequence[Judged]) -> float:
         return 0.0
     tokens = _tokens(judged)
     return (tokens["judge_in"] * config.judge.price_in + tokens["judge_out"] * config.judge.price_out) / 1e6
-
-
-def _said(answer: Answer) -> Said:
-    return Said(answer.text, answer.tokens, answer.logprob, answer.finish)
 
 
 def _marks(config: JudgeConfig, constitution: Constitution) -> dict[str, str]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -119,6 +119,11 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(folder)  # the rename itself is only durable with its folder
     finally:
         os.close(folder)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSONL, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def finite(tree: Any) -> Any:
