@@ -107,12 +107,7 @@ class Examination:
         return summary
 
     def pairs(self, reward: scoring.Scorer) -> dict[str, Any]:
-        def score(some: Sequence[rows.PreferencePair]) -> np.ndarray:
-            prompts = [pair.prompt for pair in some for _ in range(2)]
-            both = [answer for pair in some for answer in (pair.chosen, pair.rejected)]
-            return reward.columns(prompts, both)[:, 0].reshape(-1, 2)
-
-        return reward_bench.evaluate(self.inputs.pairs, score).summary()
+        return reward_bench.evaluate(self.inputs.pairs, reward_bench.by_reward(reward)).summary()
 
     def sample(self, engines: Engines, prompts: Sequence[rows.Prompt]) -> list[Answer]:
         """One answer to each, read by the model's own tokenizer; the same random numbers for every model."""

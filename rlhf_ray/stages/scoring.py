@@ -35,6 +35,12 @@ class Scorer:
             parts.append(fetch(call, self.deadline_s, "reward", "scoring"))
         return np.concatenate(parts)
 
+    def scores(self, trajectories: Trajectories) -> np.ndarray:
+        """[B] scores, as a source of rewards gives them."""
+        rows = range(len(trajectories))
+        prompts = [trajectories.prompt(row) for row in rows]
+        return self.columns(prompts, [trajectories.responses[row] for row in rows])[:, 0]
+
 
 def tokenizer_of(reward: RewardSection, otherwise: str) -> str:
     """The model whose tokenizer the reward reads; one without models reads text."""
