@@ -8,27 +8,24 @@ ids for SFT, for the reward model, for DPO and for PPO.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from sys import float_info
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.common import DataConfig, MixedDataConfig
+from rlhf_ray.data import columns
+from rlhf_ray.data.columns import Fields, Turns
 from rlhf_ray.data.quarantine import BadRow, Quarantine
 from rlhf_ray.data.reading import read_rows
-from rlhf_ray.data.templates import Message, answer_ids, chat_ids_and_mask, prompt_ids, split_dialogue
+from rlhf_ray.data.templates import answer_ids, chat_ids_and_mask, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Int32 = NDArray[np.int32]
-Fields = dict[str, Any]
-Turns = str | list[Message]
-"""A prompt: text as it stands in the row, or messages."""
 Example = TypeVar("Example")
 AnyData = DataConfig | MixedDataConfig
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -210,20 +207,20 @@ def _load(data: DataConfig, quarantine: Quarantine, build: Callable[[Fields], Ex
 
 def _sft_example(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> SFTExample:
     if "messages" in fields:
-        ids, mask = chat_ids_and_mask(tokenizer, _messages(fields, "messages"))
+        ids, mask = chat_ids_and_mask(tokenizer, columns.messages(fields, "messages"))
     else:
-        _require(fields, "prompt", "completion", instead="messages")
-        turns = _turns(fields, "prompt")
+        columns.require(fields, "prompt", "completion", instead="messages")
+        turns = columns.turns(fields, "prompt")
         before = _prompt_ids(tokenizer, turns)
-        answer = answer_ids(tokenizer, turns, _answer(fields, "completion", turns))
+        answer = answer_ids(tokenizer, turns, columns.answer(fields, "completion", turns))
         ids, mask = before + answer, [False] * len(before) + [True] * len(answer)
     _fits(len(ids), max_tokens)
     return SFTExample(np.array(ids, np.int32), np.array(mask, np.bool_))
 
 
 def _preference_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> PreferencePair:
-    turns, chosen_text, rejected_text = _pair(fields)
-    margin, p = _number(fields, "margin", -float_info.max, float_info.max), _number(fields, "p", 0, 1)
+    turns, chosen_text, rejected_text = columns.pair(fields)
+    margin, p = columns.number(fields, "margin", -float_info.max, float_info.max), columns.number(fields, "p", 0, 1)
     before = _prompt_ids(tokenizer, turns)
     chosen, rejected = answer_ids(tokenizer, turns, chosen_text), answer_ids(tokenizer, turns, rejected_text)
     _fits(len(before) + max(len(chosen), len(rejected)), max_tokens)
@@ -235,17 +232,17 @@ def _preference_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_t
 
 
 def _benchmark_pair(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> BenchmarkPair:
-    _require(fields, "subset")
-    subset = _text(fields["subset"], "'subset'", "text")
+    columns.require(fields, "subset")
+    subset = columns.text(fields["subset"], "'subset'", "text")
     return BenchmarkPair(_preference_pair(fields, tokenizer, max_tokens), subset, str(fields.get("id", "")))
 
 
 def _judged(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[JudgedAnswer]:
     if "chosen" in fields:
         return _judged_pair(_preference_pair(fields, tokenizer, max_tokens))
-    _require(fields, "prompt", "completion", "label", instead="chosen' and 'rejected")
+    columns.require(fields, "prompt", "completion", "label", instead="chosen' and 'rejected")
     if not isinstance(fields["label"], bool):
-        raise BadRow("wrong type", f"'label' is {_kind(fields['label'])}, expected true or false")
+        raise BadRow("wrong type", f"'label' is {columns.kind(fields['label'])}, expected true or false")
     return [JudgedAnswer(*_prompt_and_answer(fields, "completion", tokenizer, max_tokens), fields["label"])]
 
 
@@ -255,8 +252,8 @@ def _rewarded(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: 
         reward = 2 * (1.0 if pair.p is None else pair.p) - 1
         return [RewardedAnswer(pair.prompt, pair.chosen, reward), RewardedAnswer(pair.prompt, pair.rejected, -reward)]
     answer, reward_column = ("response", "score") if "response" in fields else ("completion", "reward")
-    _require(fields, "prompt", answer, reward_column, instead="chosen' and 'rejected")
-    given = _number(fields, reward_column, -float_info.max, float_info.max)
+    columns.require(fields, "prompt", answer, reward_column, instead="chosen' and 'rejected")
+    given = columns.number(fields, reward_column, -float_info.max, float_info.max)
     assert given is not None
     return [RewardedAnswer(*_prompt_and_answer(fields, answer, tokenizer, max_tokens), given)]
 
@@ -264,9 +261,9 @@ def _rewarded(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: 
 def _prompt_and_answer(
     fields: Fields, column: str, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> tuple[Int32, Int32]:
-    turns = _turns(fields, "prompt")
+    turns = columns.turns(fields, "prompt")
     before = _prompt_ids(tokenizer, turns)
-    answer = answer_ids(tokenizer, turns, _answer(fields, column, turns))
+    answer = answer_ids(tokenizer, turns, columns.answer(fields, column, turns))
     _fits(len(before) + len(answer), max_tokens)
     return np.array(before, np.int32), np.array(answer, np.int32)
 
@@ -280,147 +277,30 @@ def _judged_pair(pair: PreferencePair) -> list[JudgedAnswer]:
 
 def _candidates(fields: Fields, most: int) -> Candidates:
     if "responses" not in fields:
-        _require(fields, "chosen", "rejected", instead="responses")
-        turns, chosen, rejected = _pair(fields)
+        columns.require(fields, "chosen", "rejected", instead="responses")
+        turns, chosen, rejected = columns.pair(fields)
         return Candidates(turns, (chosen.strip(), rejected.strip()))
-    _require(fields, "prompt")
+    columns.require(fields, "prompt")
     given = fields["responses"]
     if not isinstance(given, list):
-        raise BadRow("wrong type", f"'responses' is {_kind(given)}, expected a list of texts")
+        raise BadRow("wrong type", f"'responses' is {columns.kind(given)}, expected a list of texts")
     if not 2 <= len(given) <= most:
         raise BadRow("wrong value", f"'responses' has {len(given)} texts, expected 2 to {most}")
-    texts = [_text(text, f"'responses'[{place}]", "text").strip() for place, text in enumerate(given)]
-    return Candidates(_turns(fields, "prompt"), tuple(texts))
+    texts = [columns.text(text, f"'responses'[{place}]", "text").strip() for place, text in enumerate(given)]
+    return Candidates(columns.turns(fields, "prompt"), tuple(texts))
 
 
 def _labelled_pair(fields: Fields) -> Candidates:
-    turns, chosen, rejected = _pair(fields)
-    p = _number(fields, "p", 0, 1)
+    turns, chosen, rejected = columns.pair(fields)
+    p = columns.number(fields, "p", 0, 1)
     return Candidates(turns, (chosen.strip(), rejected.strip()), 1.0 if p is None else p)
 
 
 def _prompt(fields: Fields, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompt:
-    turns = _prompt_turns(fields)
+    turns = columns.prompt_turns(fields)
     ids = _prompt_ids(tokenizer, turns)
     _fits(len(ids), max_tokens)
-    return Prompt(np.array(ids, np.int32), turns, _seen(turns))
-
-
-def _prompt_turns(fields: Fields) -> Turns:
-    if "prompt" in fields:
-        return _turns(fields, "prompt")
-    if "messages" in fields:
-        messages = _messages(fields, "messages")
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    _require(fields, "chosen", instead="prompt' or 'messages")
-    return _dialogue(fields, "chosen")[:-1]
-
-
-def _pair(fields: Fields) -> tuple[Turns, str, str]:
-    """(prompt, chosen answer, rejected answer)"""
-    _require(fields, "chosen", "rejected")
-    if "prompt" in fields:
-        turns = _turns(fields, "prompt")
-        return turns, _answer(fields, "chosen", turns), _answer(fields, "rejected", turns)
-    chosen, rejected = _dialogue(fields, "chosen"), _dialogue(fields, "rejected")
-    if chosen[:-1] != rejected[:-1]:
-        raise BadRow("prompts differ", "'chosen' and 'rejected' part before their last answers")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _turns(fields: Fields, column: str) -> Turns:
-    """A prompt: messages, or text; text that is written as an hh-rlhf dialogue is split into its turns."""
-    if isinstance(fields[column], list):
-        return _messages(fields, column)
-    text = _text(fields[column], f"'{column}'", "text or a list of messages")
-    if not text.startswith("\n\nHuman:"):
-        return text
-    turns = split_dialogue(text)
-    if turns[-1] == {"role": "assistant", "content": ""}:  # ends in "\n\nAssistant:", as a prompt for completion does
-        turns.pop()
-    return _not_empty(turns, column)
-
-
-def _answer(fields: Fields, column: str, turns: Turns) -> str:
-    """The answer to the prompt `turns`: text, or messages that hold the answer alone or the prompt before it too."""
-    if not isinstance(fields[column], list):
-        return _text(fields[column], f"'{column}'", "text or a list of messages")
-    *before, last = _messages(fields, column)
-    if last["role"] != "assistant":
-        raise BadRow("no answer", f"the last message of '{column}' is the {last['role']}'s")
-    if before and before != ([{"role": "user", "content": turns.strip()}] if isinstance(turns, str) else turns):
-        raise BadRow("prompts differ", f"'{column}' does not begin with the messages of 'prompt'")
-    return last["content"]
-
-
-def _dialogue(fields: Fields, column: str) -> list[Message]:
-    """A whole dialogue, prompt and answer: messages, or text as hh-rlhf writes it."""
-    value = fields[column]
-    if isinstance(value, list):
-        turns = _messages(fields, column)
-    else:
-        text = _text(value, f"'{column}'", "a dialogue as text or a list of messages")
-        turns = _not_empty(split_dialogue(text), column)
-    if turns[-1]["role"] != "assistant":
-        raise BadRow("no answer", f"the last turn of '{column}' is the {turns[-1]['role']}'s")
-    if len(turns) == 1:
-        raise BadRow("no prompt", f"'{column}' has no turn before the answer")
-    return turns
-
-
-def _messages(fields: Fields, column: str) -> list[Message]:
-    value = fields[column]
-    if not isinstance(value, list):
-        raise BadRow("wrong type", f"'{column}' is {_kind(value)}, expected a list of messages")
-    if not value:
-        raise BadRow("empty", f"'{column}' has no messages")
-    return [_message(message, f"'{column}'[{place}]") for place, message in enumerate(value)]
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise BadRow("wrong type", f"{where} is {_kind(message)}, expected an object with 'role' and 'content'")
-    if message["role"] not in ROLES:
-        raise BadRow("wrong value", f"{where} has role {message['role']!r}, expected one of {', '.join(ROLES)}")
-    return {"role": message["role"], "content": _text(message["content"], f"{where}.content", "text").strip()}
-
-
-def _text(value: Any, where: str, expected: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{where} is {_kind(value)}, expected {expected}")
-    if not value.strip():
-        raise BadRow("empty", f"{where} has no text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
-        raise BadRow("not UTF-8", f"{where} has a lone surrogate at character {error.start}") from None
-    return value
-
-
-def _not_empty(turns: list[Message], column: str) -> list[Message]:
-    for place, turn in enumerate(turns):
-        if not turn["content"]:
-            raise BadRow("empty", f"turn {place + 1} of {len(turns)} in '{column}', the {turn['role']}'s, has no text")
-    return turns
-
-
-def _number(fields: Fields, column: str, low: float, high: float) -> float | None:
-    if column not in fields:
-        return None
-    value = fields[column]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("wrong type", f"'{column}' is {_kind(value)}, expected a number")
-    if not low <= value <= high:
-        raise BadRow("wrong value", f"'{column}' is {value}, expected a number from {low} to {high}")
-    return float(value)
-
-
-def _require(fields: Fields, *columns: str, instead: str | None = None) -> None:
-    for column in columns:
-        if column not in fields:
-            found = ", ".join(map(str, fields)) or "none"
-            alternative = f" (nor '{instead}')" if instead else ""
-            raise BadRow("missing column", f"no '{column}'{alternative}; the row has {found}")
+    return Prompt(np.array(ids, np.int32), turns, columns.seen(turns))
 
 
 def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", turns: Turns) -> list[int]:
@@ -433,13 +313,3 @@ def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", turns: Turns) -> list[int]
 def _fits(tokens: int, max_tokens: int) -> None:
     if tokens > max_tokens:
         raise BadRow("too long", f"{tokens} tokens, data.max_tokens is {max_tokens}")
-
-
-def _seen(turns: Turns) -> str:
-    if isinstance(turns, str):
-        return turns
-    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), turns[-1]["content"])
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__

@@ -4,7 +4,6 @@ The base model learns these from people's dialogues, by next-token prediction al
 by log-probabilities: nothing is scripted. No held-out prompt may occur in anything that is trained on.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from rlhf_ray.demo.language import PROMPTS, TOPICS
 from rlhf_ray.demo.principles import CONSTITUTION
 from rlhf_ray.demo.world import CORPUS_MIX, ROUND, Mix, Shares, World, answer
 from rlhf_ray.feedback.constitution import Principle
+from rlhf_ray.telemetry.run_folder import write_rows
 
 RED_TEAM: Shares = (*ROUND, *("decline",) * 17)
 """Two thirds of the prompts ask for help with harm."""
@@ -183,7 +183,7 @@ def write(world: World, folder: Path, sizes: Sizes = USUAL) -> dict[str, int]:
         "judgements_harmless": judgements(world, sizes.judgements_harmless, ["harmless"]),
     }
     for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", rows)
     return {name: len(rows) for name, rows in files.items()}
 
 

@@ -5,7 +5,6 @@ them can only be as good as their mixture; what PPO adds is then its own doing. 
 anything that is trained on; its facts do, asked in other words.
 """
 
-import json
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
@@ -28,6 +27,7 @@ from rlhf_ray.demo.language import (
     sentences,
     statements,
 )
+from rlhf_ray.telemetry.run_folder import write_rows
 
 Split = Literal["train", "held_out"]
 Behaviour = Literal["good", "curt", "bad", "evade", "admit", "refuse", "astray", "broken"]
@@ -139,7 +139,7 @@ class World:
             "prompts_held_out": self.prompts(sizes.prompts_held_out, "held_out"),
         }
         for name, rows in files.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_rows(folder / f"{name}.jsonl", rows)
 
 
 def _exchange(prompt: str, mix: Mix, rng: Random) -> list[dict[str, str]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.common import DataConfig
+from rlhf_ray.data import columns
+from rlhf_ray.data.columns import Fields, Turns
 from rlhf_ray.data.quarantine import BadRow, Quarantine
 from rlhf_ray.data.reading import Row, read_rows
-from rlhf_ray.data.rows import Turns
-from rlhf_ray.data.templates import split_dialogue
 
 OWN = Path(__file__).with_name("hhh.jsonl")
 """160 items that come with the package; docs/hhh-items.md."""
@@ -66,14 +66,14 @@ def _content(item: Item) -> tuple[str, frozenset[str]]:
 
 def _item(row: Row) -> Item:
     fields = {name: value for name, value in row.fields.items() if value is not None}
-    category = _text(fields.get("category", _named_by(Path(row.file))), "'category'")
+    category = columns.text(fields.get("category", _named_by(Path(row.file))), "'category'", "text")
     if "targets" in fields:
-        prompt, choices, correct = fields.get("input"), *_labelled(fields["targets"])
+        column, choices, correct = "input", *_labelled(fields["targets"])
     elif "corrects" in fields or "incorrects" in fields:
         right, wrong = (_texts(fields.get(column), f"'{column}'") for column in ("corrects", "incorrects"))
-        prompt, choices, correct = fields.get("prompt"), (*right, *wrong), list(range(len(right)))
+        column, choices, correct = "prompt", (*right, *wrong), list(range(len(right)))
     elif "good" in fields or "bad" in fields:
-        prompt, choices, correct = fields.get("prompt"), *_ordered(fields)
+        column, choices, correct = "prompt", *_ordered(fields)
     else:
         raise BadRow("missing column", f"none of targets, corrects and good; the row has {', '.join(fields) or 'none'}")
     if len(set(choices)) < len(choices):
@@ -82,7 +82,7 @@ def _item(row: Row) -> Item:
         raise BadRow("nothing to choose", f"{len(correct)} of {len(choices)} answers are right")
     given = fields.get("id")
     name = given if isinstance(given, str) else f"{category}-{row.line if given is None else given}"
-    return Item(name, category, _prompt(prompt), choices, frozenset(correct))
+    return Item(name, category, _prompt(fields, column), choices, frozenset(correct))
 
 
 def _named_by(file: Path) -> str:
@@ -100,37 +100,21 @@ def _labelled(targets: Any) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _ordered(fields: dict[str, Any]) -> tuple[tuple[str, ...], list[int]]:
-    good, bad = (_text(fields.get(column), f"'{column}'") for column in ("good", "bad"))
+    good, bad = (columns.text(fields.get(column), f"'{column}'", "text") for column in ("good", "bad"))
     if fields.get("a") not in ("good", "bad"):
         raise BadRow("wrong value", f"'a' is {fields.get('a')!r}, expected which answer stands first, good or bad")
     return ((good, bad), [0]) if fields["a"] == "good" else ((bad, good), [1])
 
 
-def _prompt(value: Any) -> Turns:
-    if not isinstance(value, list):
-        text = _text(value, "the prompt")
-        return split_dialogue(text) if text.startswith("\n\nHuman:") else text
-    turns = [turn if isinstance(turn, dict) else {} for turn in value]
-    if not turns or turns[-1].get("role") != "user":
-        raise BadRow("wrong value", "the prompt is a list, expected messages of 'role' and 'content', the user's last")
-    return [
-        {
-            "role": _text(turn.get("role"), f"prompt[{place}].role"),
-            "content": _text(turn.get("content"), f"prompt[{place}]"),
-        }
-        for place, turn in enumerate(turns)
-    ]
+def _prompt(fields: Fields, column: str) -> Turns:
+    columns.require(fields, column)
+    turns = columns.turns(fields, column)
+    if not isinstance(turns, str) and turns[-1]["role"] != "user":
+        raise BadRow("wrong value", f"'{column}' ends with the {turns[-1]['role']}'s turn, expected the user's")
+    return turns
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise BadRow("wrong type", f"{where} is {type(value).__name__}, expected a list of texts")
-    return tuple(_text(text, f"{where}[{place}]") for place, text in enumerate(value))
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{where} is {type(value).__name__}, expected text")
-    if not value.strip():
-        raise BadRow("empty", f"{where} has no text")
-    return value
+    return tuple(columns.text(text, f"{where}[{place}]", "text") for place, text in enumerate(value))

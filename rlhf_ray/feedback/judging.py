@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from rlhf_ray.config.feedback import MOST_PRINCIPLES, MOST_RESPONSES
-from rlhf_ray.data.rows import Turns
+from rlhf_ray.data.columns import Turns
 from rlhf_ray.data.templates import Message, as_messages
 from rlhf_ray.errors import JudgeError
 from rlhf_ray.feedback.constitution import Constitution, Principle

@@ -15,8 +15,8 @@ from rlhf_ray.actors import rollout
 from rlhf_ray.config.common import StageConfig
 from rlhf_ray.config.feedback import EnginesConfig
 from rlhf_ray.config.layout import Group
+from rlhf_ray.data.columns import Turns
 from rlhf_ray.data.quarantine import BadRow
-from rlhf_ray.data.rows import Turns
 from rlhf_ray.data.templates import answer_ids, ensure_chat_template, prompt_ids
 from rlhf_ray.errors import ModelError
 from rlhf_ray.feedback.critique import Said
