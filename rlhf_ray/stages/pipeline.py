@@ -132,7 +132,8 @@ def _with_content(tree: Any, digests: Digests) -> Any:
         return {key: _with_content(value, digests) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_with_content(value, digests) for value in tree]
-    if isinstance(tree, str) and "/" in tree and (path := Path(tree)).exists():
+    # A word that happens to be a file's name as well costs a needless run; a file overlooked would keep stale results.
+    if isinstance(tree, str) and tree and (path := Path(tree)).exists():
         return {"content": digests.of(path)}
     return tree
 

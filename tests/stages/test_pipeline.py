@@ -98,6 +98,16 @@ def test_a_changed_input_file_runs_what_reads_it(file: Path, stages: Stages) -> 
     assert stages.ran[3:] == ["sft", "reward", "dpo"]
 
 
+def test_a_changed_file_is_seen_by_its_bare_name_too(
+    file: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    go(file, "stages.sft.model=start")
+    Path("start").write_text("another base")
+    go(file, "stages.sft.model=start")
+    assert stages.ran[3:] == ["sft", "reward", "dpo"]
+
+
 def test_a_stage_that_is_run_again_and_comes_out_the_same_runs_no_other(file: Path, stages: Stages) -> None:
     go(file)
     go(file, again=["sft"])
