@@ -6,6 +6,7 @@ what depends on it and nothing else, and an ablation shares all that it has in c
 """
 
 import json
+import os
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -133,8 +134,8 @@ def _with_content(tree: Any, digests: Digests) -> Any:
     if isinstance(tree, list):
         return [_with_content(value, digests) for value in tree]
     # A word that happens to be a file's name as well costs a needless run; a file overlooked would keep stale results.
-    if isinstance(tree, str) and tree and (path := Path(tree)).exists():
-        return {"content": digests.of(path)}
+    if isinstance(tree, str) and os.path.exists(tree):  # noqa: PTH110  Path's raises for a text too long to be a name
+        return {"content": digests.of(Path(tree))}
     return tree
 
 

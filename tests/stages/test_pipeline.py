@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf_ray.config.evaluation import EvaluateConfig
 from rlhf_ray.config.pipeline import load_pipeline
 from rlhf_ray.errors import ConfigError, TrainingError
+from rlhf_ray.runtime.digests import Digests
 from rlhf_ray.stages import pipeline
 
 
@@ -106,6 +108,15 @@ def test_a_changed_file_is_seen_by_its_bare_name_too(
     Path("start").write_text("another base")
     go(file, "stages.sft.model=start")
     assert stages.ran[3:] == ["sft", "reward", "dpo"]
+
+
+def test_a_text_too_long_to_be_a_file_is_a_text(tmp_path: Path) -> None:
+    config = EvaluateConfig.model_validate(
+        {"name": "e", "policy": {"model": "m"}, "question": "which of the two? " * 50, "reference": ""}
+    )
+    digests = Digests(tmp_path / "memory.json")
+    other = config.model_copy(update={"question": "which?"})
+    assert pipeline.digest(config, "evaluate", digests) != pipeline.digest(other, "evaluate", digests)
 
 
 def test_a_stage_that_is_run_again_and_comes_out_the_same_runs_no_other(file: Path, stages: Stages) -> None:
