@@ -341,6 +341,15 @@ def test_an_overlong_buffer_is_no_longer_than_an_answer(ppo_yaml: Path) -> None:
     )
 
 
+def test_a_frozen_model_that_asks_for_several_gpus_is_told_that_it_gets_one() -> None:
+    config = load(PPOConfig, CONFIGS / "ppo/llama-70b-8x8.yaml")
+    assert [sentence.partition(",")[0] for sentence in advice(config)] == [
+        "roles.reference.gpus is 8",
+        "roles.reward.gpus is 8",
+    ]
+    assert advice(load(PPOConfig, CONFIGS / "ppo/llama-8b-1x8.yaml")) == []
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
