@@ -12,6 +12,9 @@ from rlhf_ray.errors import DataError
 
 Indices = NDArray[np.int64]
 
+SHUFFLES_KEPT = 4
+"""Epochs whose order is held: what is under way may lie on both sides of a border."""
+
 
 class SampleOrder:
     """Endless epochs over `size` samples, each epoch its own shuffle; every index exactly once an epoch."""
@@ -23,8 +26,7 @@ class SampleOrder:
         self.seed = seed
         self.position = 0
         """Samples taken so far, over all epochs."""
-        self._epoch = -1
-        self._shuffled: Indices = np.empty(0, np.int64)
+        self._shuffled: dict[int, Indices] = {}
 
     def take(self, n: int) -> Indices:
         """The next `n` indices [n], across epoch borders where need be."""
@@ -53,10 +55,17 @@ class SampleOrder:
                 )
         self.position = state["position"]
 
+    def at(self, position: int) -> int:
+        """The index that is drawn `position`-th, whatever has been taken."""
+        epoch, place = divmod(position, self.size)
+        return int(self._shuffle(epoch)[place])
+
     def _shuffle(self, epoch: int) -> Indices:
-        if epoch != self._epoch:
-            self._epoch, self._shuffled = epoch, self._draw(epoch)
-        return self._shuffled
+        if epoch not in self._shuffled:
+            while len(self._shuffled) >= SHUFFLES_KEPT:
+                del self._shuffled[min(self._shuffled)]
+            self._shuffled[epoch] = self._draw(epoch)
+        return self._shuffled[epoch]
 
     def _draw(self, epoch: int) -> Indices:
         return np.random.default_rng([self.seed, epoch]).permutation(self.size)
