@@ -37,8 +37,8 @@ VARIANTS: dict[str, list[str]] = {
     "ensemble of 3": [
         *ENSEMBLE,
         "stages.ppo.reward.model=null",
-        "stages.ppo.reward.models=['${reward.model}', '${reward_2.model}', '${reward_3.model}']",
-        "stages.ppo.reward.combine=worst",
+        "stages.ppo.reward.ensemble.models=['${reward.model}', '${reward_2.model}', '${reward_3.model}']",
+        "stages.ppo.reward.ensemble.combine=worst",
     ],
 }
 """As configured: 4 rounds, 16 principles, soft labels, one reward model."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from rlhf_ray.errors import ConfigError, RLHFError, StopRequested
+from rlhf_ray.errors import ConfigError, ResourceError, RLHFError, StopRequested
 from rlhf_ray.runtime.environment import in_uploaded_directory
 
 
@@ -48,6 +48,7 @@ class Stage(StrEnum):
     critique = "critique"
     judge = "judge"
     evaluate = "evaluate"
+    rllib = "rllib"
     world = "world"
 
 
@@ -116,6 +117,12 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = 
 
 
 @app.command()
+def rllib(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
+    """Let RLlib's PPO or DQN learn to walk a graph, token by token, against the known optimum."""
+    _run(Stage.rllib, config, overrides, dry_run, address)
+
+
+@app.command()
 def world(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, address: Address = None) -> None:
     """Make the demo's world for feedback from a model: data, constitution, base model."""
     _run(Stage.world, config, overrides, dry_run, address)
@@ -157,6 +164,34 @@ def replay(
     from rlhf_ray.stages.replay import replay as look
 
     print(look(folder))
+
+
+@app.command()
+def audit(folder: Annotated[Path, typer.Argument(metavar="runs/NAME", show_default=False)]) -> None:
+    """Judge by a PPO run's history whether every sample is accounted for and none was too old."""
+    from rlhf_ray.runtime import audit as auditing
+
+    verdict = auditing.audit(auditing.read(folder))
+    print(verdict)
+    raise typer.Exit(0 if verdict.good else 1)
+
+
+@app.command()
+def trace(
+    folder: Annotated[Path, typer.Argument(metavar="runs/NAME", show_default=False)],
+    to: Annotated[Path | None, typer.Option(help="Without: trace.json in that folder.", show_default=False)] = None,
+) -> None:
+    """Write a PPO run's history as a Chrome trace, for ui.perfetto.dev: which actor did what, and when."""
+    from rlhf_ray.runtime import audit as auditing
+    from rlhf_ray.runtime.occupancy import trace as traced
+
+    history = auditing.read(folder)
+    place = to or (folder if folder.is_dir() else folder.parent) / "trace.json"
+    try:
+        place.write_text(json.dumps(traced(history)), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{place}: cannot be written: {error.strerror or error}") from None
+    print(place)
 
 
 @app.command()

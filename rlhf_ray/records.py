@@ -6,7 +6,7 @@ costs tens of times these bytes at realistic answer lengths. A prompt is stored 
 Arrays that come out of Ray's object store are read-only: copy before writing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
@@ -66,6 +66,9 @@ class Ragged:
 
     def __getitem__(self, row: int) -> NDArray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[NDArray]:
+        return (self[row] for row in range(len(self)))
 
     @property
     def lengths(self) -> Int32:
@@ -167,6 +170,19 @@ class Trajectories:
                 for name in ("sampler_logprobs", "finish", "sample_ids", "weight_version", "top_ids")
             },
         )
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What is in a chunk of trajectories, for who only routes it: G prompts, each with all its answers."""
+
+    groups: NDArray[np.int64]
+    """[G] the prompts' places in the data order."""
+    oldest: Int32
+    """[G] version of the weights of the oldest of a prompt's generated tokens, and of the newest."""
+    newest: Int32
+    tokens: Int32
+    """[G] generated for each prompt."""
 
 
 def no_columns(tokens: int) -> Float32:

@@ -49,12 +49,12 @@ def _config(tied: bool, layers: int = 2):
     )
 
 
-def write_policy(folder: Path, seed: int = 0, tied: bool = False) -> str:
+def write_policy(folder: Path, seed: int = 0, tied: bool = False, layers: int = 2) -> str:
     import torch
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    LlamaForCausalLM(_config(tied)).save_pretrained(folder)
+    LlamaForCausalLM(_config(tied, layers)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
 

@@ -57,11 +57,18 @@ class Batch:
         places, at = token_places(self.trajectories.responses.offsets, rows), torch.from_numpy(rows)
         return Batch(self.trajectories.take(rows), self.reference.take(places), self.scores[at], self.details[at])
 
-    def check_complete(self, answers: int) -> None:
-        """No sample lost, none twice: an engine that failed must not look like one that had nothing left to do."""
-        distinct = len(np.unique(self.trajectories.sample_ids))
-        if len(self) != answers or distinct != answers:
-            raise TrainingError(f"{answers} answers were asked for; {len(self)} arrived, {distinct} of them distinct")
+    def of_prompts(self, numbers: np.ndarray, samples_per_prompt: int) -> "Batch":
+        """The answers to the prompts `numbers`. Raises TrainingError unless each has all of its answers, once.
+
+        An engine that failed must not look like one that had nothing left to do."""
+        mine = self.take(np.flatnonzero(np.isin(self.prompts(samples_per_prompt).numpy(), numbers)))
+        wanted = (np.sort(numbers)[:, None] * samples_per_prompt + np.arange(samples_per_prompt)).reshape(-1)
+        if not np.array_equal(mine.trajectories.sample_ids, wanted):
+            arrived = len(np.intersect1d(mine.trajectories.sample_ids, wanted))
+            raise TrainingError(
+                f"{len(wanted)} answers were asked for; {len(mine)} arrived, {arrived} of them distinct"
+            )
+        return mine
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -157,9 +164,9 @@ def build(
     ppo, offsets = config.ppo, batch.offsets
     reference = torch.from_numpy(batch.reference.logprobs.copy())
     sampler = torch.from_numpy(batch.trajectories.sampler_logprobs.copy())
-    scores = final_scores(batch, config)
-    token_kl = kl_tokens(policy, reference, ppo.kl.estimator)
-    in_reward = coefficient if ppo.kl.placement != "loss" else 0.0
+    scores = final_scores(batch.trajectories, batch.scores, config)
+    token_kl = kl_tokens(policy, reference, ppo.kl.estimator.name)
+    in_reward = coefficient if ppo.kl.estimator.placement != "loss" else 0.0
     rewards = kl.token_rewards(token_kl, scores, offsets, in_reward)
     groups = batch.prompts(config.rollout.samples_per_prompt)
     found, returns = ADVANTAGES[ppo.algorithm.name](Rewarded(rewards, offsets, groups, values), ppo.algorithm)
@@ -181,18 +188,18 @@ def build(
     return Experience(old, reference, found, corrected.weights, values, returns, metrics, sequence_kl)
 
 
-def final_scores(batch: Batch, config: PPOConfig) -> Tensor:
-    """[B] what each answer is paid: its score, or the penalty where it was cut off; less the price of length.
+def final_scores(trajectories: Trajectories, scores: Tensor, config: PPOConfig) -> Tensor:
+    """[B] what each answer is paid: its of `scores` [B], or the penalty where it was cut off; less the price of length.
 
     Over the last `overlong_buffer` tokens before the limit the price grows from 0 to 1 (Yu et al. 2025, eq. 13).
     """
-    penalty, scores = config.ppo.missing_eos_penalty, batch.scores
+    penalty = config.ppo.missing_eos_penalty
     if penalty is not None:
-        finished = torch.from_numpy(batch.trajectories.finish == Finish.EOS)
+        finished = torch.from_numpy(trajectories.finish == Finish.EOS)
         scores = torch.where(finished, scores, torch.full_like(scores, -penalty))
     buffer = getattr(config.ppo.algorithm, "overlong_buffer", 0)
     if buffer:
-        lengths = torch.from_numpy(batch.trajectories.responses.lengths)
+        lengths = torch.from_numpy(trajectories.responses.lengths)
         excess = lengths - (config.rollout.max_new_tokens - buffer)
         scores = scores - excess.clamp(min=0) / buffer
     return scores

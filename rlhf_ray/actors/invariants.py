@@ -26,6 +26,9 @@ BOUNDS = {
     "bfloat16": Bounds(ratio=0.5, kl=0.02, warn_gap=0.05, stop_gap=0.2),
 }
 
+STALE_GAPS = 0.1, 1.0
+"""warn_gap and stop_gap where answers may be older than the policy: what it has moved since comes on top."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -50,7 +53,8 @@ def of_experience(metrics: Mapping[str, float], update: int, config: PPOConfig) 
             f"{bounds.kl:g} by rounding): they are not the same model, or compute otherwise"
         )
     gap, settings = metrics["rollout/logprob_gap_mean"], config.ppo.correction
-    stop, warn = settings.stop_gap or bounds.stop_gap, settings.warn_gap or bounds.warn_gap
+    warn, stop = STALE_GAPS if config.ppo.max_staleness else (bounds.warn_gap, bounds.stop_gap)
+    warn, stop = settings.warn_gap or warn, settings.stop_gap or stop
     largest = metrics["rollout/logprob_gap_max"]
     apart = f"engine and learner differ by {gap:.3g} nats a token on average and {largest:.3g} at most"
     if not gap <= stop:

@@ -113,7 +113,8 @@ class Learner:
         critic = Values(self._critic_body()) if config.ppo.algorithm.needs_critic else None
         del sharded
         self.policy = self._engine(policy, optimizer_steps)
-        self.critic = self._engine(critic, optimizer_steps, learner.critic_learning_rate) if critic else None
+        rate = config.ppo.algorithm.critic_learning_rate if isinstance(config.ppo.algorithm, PPO) else None
+        self.critic = self._engine(critic, optimizer_steps, rate) if critic else None
         return {"parameters": sum(_numel(p) for p in policy.parameters())}
 
     def _adapt(self, model: torch.nn.Module) -> None:
@@ -145,44 +146,40 @@ class Learner:
         return self.sender.send(weights, version)
 
     @torch.no_grad()
-    def logprobs(self, sequences: Ragged, prompt_lengths: np.ndarray) -> np.ndarray:
-        """[N] log-probabilities of response tokens under the present policy; every rank computes the same."""
-        packed = Packed.of([sequences[row] for row in range(len(sequences))], prompt_lengths.tolist(), self.device)
-        return self.policy(packed).logprobs.cpu().numpy()
+    def context_logprobs(self, sequences: Ragged) -> np.ndarray:
+        """[N - B] log-probabilities of all tokens of B sequences but the first of each, at temperature 1.
+
+        A collective; every rank computes the same."""
+        packed = Packed.of([sequences[row] for row in range(len(sequences))], [1] * len(sequences), self.device)
+        policy: TokenLogprobs = self.policy.module
+        temperature, policy.temperature = policy.temperature, 1.0
+        try:
+            return self.policy(packed).logprobs.cpu().numpy()
+        finally:
+            policy.temperature = temperature
 
     @ray.method(concurrency_group="control")
     def ask_stop(self) -> None:
         """Ends the running update after its current optimiser step. Runs beside the other methods."""
         self.stop_asked.set()
 
-    def prompts_with_signal(self, chunks: Sequence[Sequence[Any]]) -> np.ndarray:
-        """Numbers of the prompts whose answers are not all paid alike, ascending: the others teach nothing."""
-        batch = self._gather(chunks)
-        prompts, group = batch.prompts(self.config.rollout.samples_per_prompt).unique(return_inverse=True)
-        paid = experiences.final_scores(batch, self.config)
-        spread = [float(paid[group == number].max() - paid[group == number].min()) for number in range(len(prompts))]
-        return prompts.numpy()[np.array(spread) > 0]
+    @ray.method(concurrency_group="signal")
+    def without_signal(self, trajectories: Trajectories, scores: np.ndarray) -> list[int]:
+        """Numbers of the prompts whose answers are all paid alike: they teach nothing. Runs beside other methods."""
+        paid = experiences.final_scores(trajectories, torch.from_numpy(scores[:, 0].copy()), self.config).numpy()
+        prompts = trajectories.sample_ids // self.config.rollout.samples_per_prompt
+        return [int(number) for number in np.unique(prompts) if np.ptp(paid[prompts == number]) == 0]
 
-    def update(
-        self,
-        chunks: Sequence[Sequence[Any]],
-        coefficient: float,
-        update: int,
-        answers: int,
-        kept: np.ndarray | None = None,
-    ) -> Update:
+    def update(self, chunks: Sequence[Sequence[Any]], coefficient: float, update: int, prompts: np.ndarray) -> Update:
         """One update on chunks of references to (trajectories, what the reference says of them, scores).
 
-        `coefficient` is the KL penalty's beta; `answers` is how many there must be; `kept` are the numbers of the
-        prompts to train on, all where none are named. A collective. Raises TrainingError when a loss is not finite or
-        an invariant is broken, before a step is taken with it; what it happened on is then kept as evidence.
+        `coefficient` is the KL penalty's beta; `prompts` are the numbers of those to train on; others in the chunks
+        are left out. A collective. Raises TrainingError when a loss is not finite or an invariant is broken, before a
+        step is taken with it; what it happened on is then kept as evidence.
         """
         batch, bytes_on_wire = self._gather(chunks), self._bytes_on_wire
-        batch.check_complete(answers)
-        generated = float(batch.trajectories.tokens)
-        if kept is not None:
-            prompts = batch.prompts(self.config.rollout.samples_per_prompt).numpy()
-            batch = batch.take(np.flatnonzero(np.isin(prompts, kept)))
+        carried = batch.trajectories.tokens
+        batch = batch.of_prompts(prompts, self.config.rollout.samples_per_prompt)
         if self.config.shares_reference:
             batch = replace(batch, reference=self._own_reference(batch.trajectories))
         attempt = Attempt(batch, coefficient, update)
@@ -193,9 +190,8 @@ class Learner:
         assert attempt.experience is not None
         metrics |= {
             "lr/policy": self.policy.get_lr()[0],
-            "tokens/generated": generated,
             "wire/bytes": float(bytes_on_wire),
-            "wire/bytes_per_token": bytes_on_wire / generated,
+            "wire/bytes_per_token": bytes_on_wire / carried,
         }
         if self.critic:
             metrics["lr/critic"] = self.critic.get_lr()[0]
@@ -277,7 +273,7 @@ class Learner:
 
     def _experience(self, batch: Batch, coefficient: float) -> Experience:
         """Statistics of the policy and values by a forward pass, shared out over ranks; the rest alike on each."""
-        with_kl, with_critic = self.config.ppo.kl.estimator == "full", self.critic is not None
+        with_kl, with_critic = self.config.ppo.kl.estimator.name == "full", self.critic is not None
         columns = torch.zeros(2 + with_kl + with_critic, batch.trajectories.tokens, device=self.device)
         with torch.no_grad():
             for micro in self._micro_batches(batch.trajectories, np.arange(len(batch))):
@@ -333,7 +329,7 @@ class Learner:
         total = torch.zeros((), device=self.device)
         for micro in self._micro_batches(batch.trajectories, rows):
             some, packed = Rows(batch, np.array(micro.rows)), self._pack(batch.trajectories, micro.rows)
-            in_loss = config.ppo.kl.placement != "reward"
+            in_loss = config.ppo.kl.estimator.placement != "reward"
             found = self.policy(packed, self._reference_rows(some) if in_loss else None)
             policy = objective.policy_tokens(found, old, some, config, attempt.coefficient)
             of_token = statistics.at_tokens(weights[torch.from_numpy(some.rows)], some.offsets).to(self.device)

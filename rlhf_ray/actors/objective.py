@@ -75,9 +75,9 @@ def policy_tokens(
     # advantage, and not zero times whatever its ratio has become.
     surrogate = policy_loss.clipped(log_ratio, weights * advantages, low, high, dual=ppo.algorithm.dual_clip)
     total = surrogate.loss - ppo.entropy_bonus * policy.entropy
-    if ppo.kl.placement == "reward":
+    if ppo.kl.estimator.placement == "reward":
         return PolicyTokens(total, surrogate, None)
-    penalty = kl_tokens(policy, old.reference_logprobs[some.places].to(device), ppo.kl.estimator)
+    penalty = kl_tokens(policy, old.reference_logprobs[some.places].to(device), ppo.kl.estimator.name)
     return PolicyTokens(total + coefficient * penalty, surrogate, penalty)
 
 
@@ -92,11 +92,11 @@ def reference_rows(some: Rows, config: PPOConfig, head: Head | None, device: tor
 
     `head` is the reference's own output head, where hidden states are what it sends.
     """
-    if config.ppo.kl.estimator != "full":
+    if config.ppo.kl.estimator.name != "full":
         return None
     places = some.places.numpy()
     columns = some.batch.reference.take(places)
-    if config.ppo.kl.top_k:
+    if config.ppo.kl.estimator.top_k:
         ids = torch.from_numpy(some.batch.trajectories.top_ids[places].astype(np.int64))
         return TopKReference(ids.to(device), torch.from_numpy(columns.top_logprobs).to(device))
     assert head is not None

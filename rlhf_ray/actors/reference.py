@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_ray.actors.scoring import packs_of
 from rlhf_ray.config.ppo import KLConfig
 from rlhf_ray.models import heads, load
-from rlhf_ray.models.device import Device, torch_device
+from rlhf_ray.models.device import Device, torch_devices
 from rlhf_ray.models.heads import TokenLogprobs
 from rlhf_ray.models.packed import Packed
 from rlhf_ray.records import ReferenceColumns, Trajectories, token_places
@@ -24,19 +24,20 @@ Form = Literal["sampled", "top_k", "hidden"]
 
 
 def form_of(kl: KLConfig) -> Form:
-    if kl.estimator != "full":
+    if kl.estimator.name != "full":
         return "sampled"
-    return "top_k" if kl.top_k else "hidden"
+    return "top_k" if kl.estimator.top_k else "hidden"
 
 
 class Reference:
     def __init__(
         self, path: str, temperature: float, tokens_per_pass: int, form: Form, device: Device, trust_remote_code: bool
     ) -> None:
-        self.device = torch_device(device)
+        devices = torch_devices(device)
+        self.device = devices[0]
         self.tokens_per_pass = tokens_per_pass
         self.form = form
-        self.model = TokenLogprobs(load.causal_lm(path, device, trust_remote_code), temperature).eval()
+        self.model = TokenLogprobs(load.causal_lm(path, device, trust_remote_code, devices), temperature).eval()
         self.model.requires_grad_(False)
 
     def checksum(self) -> str:

@@ -61,10 +61,10 @@ class Rewards:
 def _source(source: RewardPart, models: tuple[Any, ...], texts: tuple[Any, ...]) -> "Reward | RewardEnsemble":
     if source.model is not None:
         return RewardModel(source.model, *models)
-    if source.models is not None and source.disagrees:
-        return RewardEnsemble(source.models, source.combine, *models)
-    if source.models is not None:
-        return AveragedRewardModel(source.models, *models)
+    if source.ensemble is not None and source.disagrees:
+        return RewardEnsemble(source.ensemble.models, source.ensemble.combine, *models)
+    if source.ensemble is not None:
+        return AveragedRewardModel(source.ensemble.models, *models)
     if source.function is not None:
         return RewardFunction(source.function, source.deadline_s, *texts)
     assert source.url is not None
@@ -76,8 +76,9 @@ class RewardModel:
 
     def __init__(self, path: str, tokens_per_pass: int, device: "Device", trust_remote_code: bool) -> None:
         from rlhf_ray.models import load
+        from rlhf_ray.models.device import torch_devices
 
-        model = load.classifier(path, device, trust_remote_code)
+        model = load.classifier(path, device, trust_remote_code, torch_devices(device))
         self.path = path
         self._read(model, *load.score_normalisation(model.config), tokens_per_pass, device)
 

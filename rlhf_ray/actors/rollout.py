@@ -1,9 +1,9 @@
 """The rollout policy: vLLM's in-process engine, stepped by our own loop. Token ids in, token ids out.
 
-One loop, one thread: between two steps nothing runs, so answers can be handed on as they finish and weights can be
-exchanged there. What must never happen: an answer lost or cut short without a word; a token from weights other than
-`weight_version` says; a key-value block computed with old weights served under new ones; one random stream used for
-two prompts. After a publication that did not end well the engine refuses to generate until one does.
+Between two steps nothing runs, so answers can be handed on as they finish and weights can be exchanged there, in the
+middle of answers (`serving.py`). What must never happen: an answer lost or cut short without a word; a token from
+weights other than `weight_version` says; a key-value block computed with old weights served under new ones; one random
+stream used for two prompts. After a publication that did not end well the engine refuses to generate until one does.
 
 vLLM is imported inside the methods: `environment` must be in the process's environment before that.
 """
@@ -11,6 +11,7 @@ vLLM is imported inside the methods: `environment` must be in the process's envi
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from rlhf_ray.actors.serving import SharedEngine
 from rlhf_ray.errors import DataError, GenerationError, ModelError, PublicationError, RLHFError
-from rlhf_ray.records import Finish, Float32, Int32, Ragged, Trajectories, id_type
+from rlhf_ray.records import Arrived, Finish, Float32, Int32, Ragged, Trajectories, id_type
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -70,19 +72,22 @@ class RolloutSettings:
     eos_token_ids: tuple[int, ...]
     """Any of these ends an answer."""
     trust_remote_code: bool
+    deadline_s: float = 600.0
+    """Longest that a publication of weights may hold up what is being generated."""
     decode_beta: float | None = None
     """What advantages count in the policy that is served; none: it is the model's own, and no values are needed."""
 
 
 class RolloutEngine:
-    """An ordinary class; `ray.remote(RolloutEngine)` makes it an actor. Calls are served one at a time."""
+    """An ordinary class; `ray.remote(RolloutEngine)` makes it an actor. Of its methods `generate`, `stream`, `logprobs`
+    and `option_logprobs` may run beside each other and beside a publication, where the actor has threads for it."""
 
     def __init__(self, settings: RolloutSettings, weight_version: int = 0) -> None:
         """Loads the model; its weights are said to be `weight_version`. Raises ModelError when vLLM cannot serve it."""
         start = time.perf_counter()
         self.settings = settings
         self._engine = _build(settings)
-        self._refusal: str | None = None
+        self._shared = SharedEngine(self._engine, str(self), settings.deadline_s)
         self._updating = False
         self._set_version(weight_version)
         self._start_s = time.perf_counter() - start
@@ -111,56 +116,36 @@ class RolloutEngine:
         Raises DataError for a prompt that cannot be served, PublicationError when the weights are not whole,
         GenerationError when the engine fails or an answer ends in any other way than EOS or full length.
         """
-        self._require_whole_weights()
-        self._check(prompts, sample_ids)
-        stream = _stream(seed)
-        names = [str(row) for row in range(len(prompts))]
-        finished: list[RequestOutput] = []
-        left, tokens = len(prompts), 0
-        try:
-            for row, name in enumerate(names):
-                self._add(name, prompts[row], self._sampling(stream + int(sample_ids[row])))
-            while self._engine.has_unfinished_requests():
-                for output in self._step():
-                    finished.append(output)
-                    tokens += sum(len(answer.token_ids) for answer in output.outputs)
-                if tokens >= chunk_tokens:
-                    yield self._chunk(finished, prompts, sample_ids)
-                    left -= len(finished)
-                    finished, tokens = [], 0
-            left -= len(finished)
-            if left:
-                raise GenerationError(f"{self}: {left} of {len(prompts)} prompts were never answered")
-            if finished:
-                yield self._chunk(finished, prompts, sample_ids)
-        finally:
-            self._engine.abort_request(names)  # of what nobody waits for any more; usually nothing
+        for outputs in self._finished(prompts, sample_ids, seed, chunk_tokens):
+            yield self._chunk(outputs, prompts, sample_ids)
+
+    def stream(
+        self, prompts: Ragged, sample_ids: NDArray[np.int64], seed: int, chunk_tokens: int
+    ) -> Iterator[Arrived | Trajectories]:
+        """As `generate`, each chunk after a note of what is in it: who routes it need not look into it."""
+        for outputs in self._finished(prompts, sample_ids, seed, chunk_tokens):
+            yield self._arrived(outputs, sample_ids)
+            yield self._chunk(outputs, prompts, sample_ids)
+
+    def abort(self) -> None:
+        """Gives up what is being generated: streams end with what they have."""
+        self._shared.abort()
 
     def logprobs(self, sequences: Ragged, prompt_lengths: Int32, temperature: float | None = None) -> Float32:
         """[N] log-probabilities of the tokens after each prompt by the present weights.
 
         At `temperature`, the one that is sampled at if none is given. One forward pass over each of B sequences, past
-        the prefix cache.
+        the prefix cache. Raises GenerationError while anything is being generated, which this would change.
         """
-        self._require_whole_weights()
         rows = [row for row in range(len(sequences)) if len(sequences[row]) > prompt_lengths[row]]
+        # The engine insists on sampling a token after the prompt: the last one is scored as that token, so that a
+        # sequence of full length fits.
+        requests = [(sequences[row][:-1], self._scoring([int(sequences[row][-1])], context_too=True)) for row in rows]
         found: dict[int, list[float]] = {}
-        self._engine.collective_rpc("scale_logits", args=(1 / (temperature or self.settings.temperature),))
-        try:
-            for row in rows:
-                # The engine insists on sampling a token after the prompt: the last one is scored as that token, so that
-                # a sequence of full length fits.
-                *context, last = sequences[row].tolist()
-                self._add(str(row), context, self._scoring([last], context_too=True))
-            while self._engine.has_unfinished_requests():
-                for output in self._step():
-                    row = int(output.request_id)
-                    found[row] = _scores(output, int(prompt_lengths[row]), int(sequences[row][-1]))
-        finally:
-            self._engine.collective_rpc("scale_logits", args=(None,))
-            self._engine.abort_request([str(row) for row in rows])
-        if len(found) < len(rows):
-            raise GenerationError(f"{self}: {len(rows) - len(found)} of {len(rows)} sequences were never scored")
+        with self._alone(1 / (temperature or self.settings.temperature)):
+            for place, output in self._shared.serve(requests):
+                row = rows[place]
+                found[row] = _scores(output, int(prompt_lengths[row]), int(sequences[row][-1]))
         return np.array([value for row in rows for value in found[row]], dtype=np.float32)
 
     def option_logprobs(self, contexts: Ragged, options: Ragged) -> Float32:
@@ -175,22 +160,27 @@ class RolloutEngine:
             flat = self.logprobs(Ragged.of(sequences, np.int32), lengths, temperature=1.0)
             parts = np.split(flat, np.cumsum([len(options[option]) for _, option in rows])[:-1])
             return np.array([part.sum() for part in parts], np.float32).reshape(len(contexts), len(options))
-        self._require_whole_weights()
         found = np.full((len(contexts), len(options)), np.nan, np.float32)
         asked = options.values.tolist()
-        try:
-            for row in range(len(contexts)):
-                self._add(str(row), contexts[row], self._scoring(asked))
-            while self._engine.has_unfinished_requests():
-                for output in self._step():
-                    known = output.outputs[0].logprobs
-                    places = [known.token_ids.index(option) for option in asked]
-                    found[int(output.request_id)] = [known.logprobs[place] for place in places]
-        finally:
-            self._engine.abort_request([str(row) for row in range(len(contexts))])
-        if not np.isfinite(found).all():
-            raise GenerationError(f"{self}: {int(np.isnan(found).any(1).sum())} contexts were never scored")
+        with self._alone():
+            for row, output in self._shared.serve([(context, self._scoring(asked)) for context in contexts]):
+                known = output.outputs[0].logprobs
+                places = [known.token_ids.index(option) for option in asked]
+                found[row] = [known.logprobs[place] for place in places]
         return found
+
+    def context_logprobs(self, sequences: Ragged) -> Float32:
+        """[N - B] log-probabilities, at temperature 1, of all tokens of B sequences but the first of each.
+
+        Past the prefix cache, and beside whatever is being generated, which stays what it is.
+        """
+        # Of one form with what is being generated: vLLM mixes up the columns of requests of different ones.
+        params = self._sampling(0)
+        params.n, params.max_tokens, params.prompt_logprobs = 1, 1, 0
+        found = {}
+        for row, output in self._shared.serve([(sequence, params) for sequence in sequences]):
+            found[row] = list(output.prompt_logprobs.logprobs)[-(len(sequences[row]) - 1) :]
+        return np.array([value for row in range(len(sequences)) for value in found[row]], dtype=np.float32)
 
     def weight_version(self) -> int:
         return self._version
@@ -202,7 +192,8 @@ class RolloutEngine:
         """
         if self.settings.decode_beta is None:
             raise ModelError(f"{self} has no values that could steer it; start it with a decode_beta")
-        self._engine.collective_rpc("set_decode_beta", args=(decode_beta,))
+        with self._shared.turn():
+            self._engine.collective_rpc("set_decode_beta", args=(decode_beta,))
 
     def check_parameters(self, parameters: list[tuple[str, str, list[int]]]) -> int:
         """Compares (name, dtype, shape) of what the learner will send with the model; returns the number of workers.
@@ -231,12 +222,10 @@ class RolloutEngine:
         self._transfer("init_weight_transfer_engine", info)
 
     def start_weight_update(self) -> None:
-        """From here until `finish_weight_update` succeeds the engine refuses to generate."""
-        if self._engine.has_unfinished_requests():
-            raise PublicationError(f"{self}: weights cannot change while answers are being generated")
+        """From here until `finish_weight_update` no token is generated; what is under way waits."""
+        self._shared.pause()
         if self._updating:  # by a sender that died
             self._transfer("finish_weight_update")
-        self._refusal = "a publication of weights began and has not ended"
         self._transfer("start_weight_update")
         self._updating = True
 
@@ -246,24 +235,30 @@ class RolloutEngine:
             self._transfer("update_weights", info)
         except RLHFError as error:
             self._updating = False  # vLLM has closed the update
-            self._refusal = f"the last publication failed: {error}"
+            self._shared.refusal = f"the last publication failed: {error}"
+            self._shared.resume()  # so that who waits is refused
             raise
 
     def finish_weight_update(self, version: int) -> dict[str, Any]:
-        """The new weights are in place as `version`, and nothing computed with older ones is left."""
+        """The new weights are in place as `version`, and nothing computed with older ones is left.
+
+        What is under way goes on from the tokens it has, their keys and values computed anew.
+        """
         start = time.perf_counter()
         self._transfer("finish_weight_update")
         self._updating = False
-        if not self._engine.reset_prefix_cache():
-            self._refusal = "its prefix cache still holds keys of older weights"
-            raise PublicationError(f"{self}: {self._refusal}: vLLM did not reset it")
+        with self._shared.turn():
+            if not self._engine.reset_prefix_cache(reset_running_requests=True):
+                self._shared.refusal = "its prefix cache still holds keys of older weights"
+                raise PublicationError(f"{self}: {self._shared.refusal}: vLLM did not reset it")
         self._set_version(version)
-        self._refusal = None
+        self._shared.refusal = None
+        self._shared.resume()
         verified = self.settings.transfer_backend in ("shm", "gloo")
         return {"version": version, "checksums_verified": verified, "seconds": time.perf_counter() - start}
 
     def shutdown(self) -> None:
-        self._refusal = "it was shut down"
+        self._shared.refusal = "it was shut down"
         self._engine.engine_core.shutdown()
 
     def __str__(self) -> str:
@@ -273,9 +268,37 @@ class RolloutEngine:
         self._version = version
         self._engine.set_weight_version(str(version))
 
-    def _require_whole_weights(self) -> None:
-        if self._refusal:
-            raise PublicationError(f"{self} refuses to generate: {self._refusal}")
+    def _finished(
+        self, prompts: Ragged, sample_ids: NDArray[np.int64], seed: int, chunk_tokens: int
+    ) -> Iterator[list["RequestOutput"]]:
+        """Finished prompts of at least `chunk_tokens` generated tokens at a time, named by their rows."""
+        self._check(prompts, sample_ids)
+        stream = _stream(seed)
+        requests = [(prompts[row], self._sampling(stream + int(sample_ids[row]))) for row in range(len(prompts))]
+        outputs: list[RequestOutput] = []
+        tokens = 0
+        for row, output in self._shared.serve(requests):
+            output.request_id = str(row)
+            outputs.append(output)
+            tokens += sum(len(answer.token_ids) for answer in output.outputs)
+            if tokens >= chunk_tokens:
+                yield outputs
+                outputs, tokens = [], 0
+        if outputs:
+            yield outputs
+
+    @contextmanager
+    def _alone(self, factor: float = 1.0) -> Iterator[None]:
+        """Within it the model's logits are multiplied by `factor`, for whoever asks."""
+        if self._shared.busy:
+            raise GenerationError(f"{self}: scoring now would change what is being generated")
+        if factor != 1:
+            self._engine.collective_rpc("scale_logits", args=(factor,))
+        try:
+            yield
+        finally:
+            if factor != 1:
+                self._engine.collective_rpc("scale_logits", args=(None,))
 
     def _check(self, prompts: Ragged, sample_ids: NDArray[np.int64]) -> None:
         """vLLM would cut long prompts' answers short, and look up ids beyond the vocabulary somewhere in memory."""
@@ -331,20 +354,16 @@ class RolloutEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _add(self, name: str, ids: Any, params: Any) -> None:
-        try:
-            self._engine.add_request(name, {"prompt_token_ids": list(map(int, ids))}, params)
-        except Exception as error:
-            raise GenerationError(f"{self}: vLLM refused a prompt of {len(ids)} tokens: {error}") from error
-
-    def _step(self) -> list["RequestOutput"]:
-        """Finished requests of one engine step."""
-        try:
-            outputs = self._engine.step()
-        except Exception as error:
-            self._refusal = f"vLLM failed while generating: {error}"
-            raise GenerationError(f"{self}: vLLM failed while generating: {type(error).__name__}: {error}") from error
-        return [output for output in outputs if output.finished]
+    def _arrived(self, outputs: list["RequestOutput"], sample_ids: NDArray[np.int64]) -> Arrived:
+        spans = [
+            [int(span.version) for answer in output.outputs for span in answer.weight_versions] for output in outputs
+        ]
+        return Arrived(
+            groups=sample_ids[[int(output.request_id) for output in outputs]] // self.settings.samples_per_prompt,
+            oldest=np.array([min(versions) for versions in spans], np.int32),
+            newest=np.array([max(versions) for versions in spans], np.int32),
+            tokens=np.array([sum(len(answer.token_ids) for answer in output.outputs) for output in outputs], np.int32),
+        )
 
     def _chunk(self, outputs: list["RequestOutput"], prompts: Ragged, sample_ids: NDArray[np.int64]) -> Trajectories:
         rows = [int(output.request_id) for output in outputs]
@@ -388,7 +407,8 @@ class RolloutEngine:
 
     def _transfer(self, method: str, *args: Any) -> None:
         try:
-            self._engine.collective_rpc(method, args=args)
+            with self._shared.turn():
+                self._engine.collective_rpc(method, args=args)
         except RLHFError:
             raise
         except Exception as error:

@@ -17,7 +17,7 @@ CRITIC = ("loss/value_avg", "val/clipfrac_avg")
 class Tally:
     def __init__(self, config: PPOConfig, device: torch.device) -> None:
         """A rank without any answer sums the same names as the others."""
-        with_kl, with_critic = config.ppo.kl.placement != "reward", config.ppo.algorithm.needs_critic
+        with_kl, with_critic = config.ppo.kl.estimator.placement != "reward", config.ppo.algorithm.needs_critic
         self.names = (*POLICY, *(KL if with_kl else ()), *(CRITIC if with_critic else ()))
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)

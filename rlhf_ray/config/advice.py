@@ -30,20 +30,13 @@ def advice(config: StageConfig) -> list[str]:
 def _ppo_advice(config: PPOConfig) -> list[str]:
     kl, found = config.ppo.kl, []
     if kl.coefficient > 0 or not isinstance(kl.controller, FixedController):
-        doubt = KL_DOUBTS.get((kl.estimator, kl.placement))
+        doubt = KL_DOUBTS.get((kl.estimator.name, kl.estimator.placement))
         found += [f"ppo.kl: {doubt} (docs/kl.md)"] if doubt else []
     if isinstance(config.ppo.correction, Uncorrected):
         found.append(
             "ppo.correction is none: tokens train as if the learner had sampled them, whatever the engine's precision "
             "and age; rollout/logprob_gap_mean says how far apart the two are"
         )
-    for role in ("reference", "reward"):
-        gpus = getattr(config.roles, role).gpus
-        if gpus > 1:
-            found.append(
-                f"roles.{role}.gpus is {gpus:g}, but a frozen model is not spread over several GPUs yet: it lies whole "
-                "on the first, and has to fit there"
-            )
     if config.ppo.on_breach == "warn":
         found.append("ppo.on_breach is warn: an update that breaks an invariant only says so")
     return found

@@ -49,13 +49,13 @@ def readable(error: ValidationError, root: type[BaseModel], where: str) -> Confi
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> FieldInfo of every leaf of `model`, sections walked into; of a choice, its default section.
+    """Dotted name -> FieldInfo of every leaf of `model`, sections walked into.
 
-    A section that may be left out is a leaf."""
+    A choice is one leaf, and so is a section that may be left out: what is chosen has settings of its own."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         options = sections(field.annotation)
-        if options and not _may_be_none(field.annotation):
+        if options and not is_choice(field.annotation):
             found.update(leaves(options[0], f"{prefix}{name}."))
         else:
             found[prefix + name] = field
@@ -67,7 +67,7 @@ def choices(model: type[BaseModel], prefix: str = "") -> dict[str, list[type[Bas
     found: dict[str, list[type[BaseModel]]] = {}
     for name, field in model.model_fields.items():
         options = sections(field.annotation)
-        if len(options) > 1 or (options and _may_be_none(field.annotation)):
+        if is_choice(field.annotation):
             found[prefix + name] = options
         for option in options[:1]:
             found.update(choices(option, f"{prefix}{name}."))
@@ -93,14 +93,16 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
     return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
 
 
-def _may_be_none(annotation: Any) -> bool:
-    return type(None) in getattr(annotation, "__args__", ())
+def is_choice(annotation: Any) -> bool:
+    """Whether one of several sections is chosen by its `name`, or one may be left out."""
+    options = sections(annotation)
+    return len(options) > 1 or (bool(options) and type(None) in getattr(annotation, "__args__", ()))
 
 
 def _without_choices(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     """Pydantic puts the chosen section's name into the place of a fault, where no YAML has it."""
     path: list[str] = []
-    chosen = choices(root)
+    chosen = _all_choices(root, ".".join(map(str, location)))
     for part in location:
         if path and ".".join(path) in chosen and part in _names(chosen[".".join(path)]):
             continue
@@ -112,30 +114,44 @@ def _names(options: list[type[BaseModel]]) -> list[str]:
     return [option.model_fields["name"].default for option in options if "name" in option.model_fields]
 
 
-def _all_keys(root: type[BaseModel], like: str) -> list[str]:
+def _all_choices(root: type[BaseModel], like: str, prefix: str = "") -> dict[str, list[type[BaseModel]]]:
+    """As `choices`, with those of the section that `like` names where names are free."""
+    found = choices(root, prefix)
+    for place, section in _own_sections(root, like, prefix):
+        found |= _all_choices(section, like, place)
+    return found
+
+
+def _all_keys(root: type[BaseModel], like: str, prefix: str = "") -> list[str]:
     """Every leaf, those of all choices included, and those of the section that `like` names where names are free."""
-    chosen = choices(root)
-    keys = [*leaves(root), *(key for name in chosen for option in chosen[name] for key in leaves(option, f"{name}."))]
-    for name, section in mappings(root).items():
-        if like.startswith(f"{name}."):
-            own = like.removeprefix(f"{name}.").partition(".")[0]
-            keys += leaves(section, f"{name}.{own}.")
+    chosen = choices(root, prefix)
+    keys = [*leaves(root, prefix)]
+    keys += [key for name, options in chosen.items() for option in options for key in leaves(option, f"{name}.")]
+    for place, section in _own_sections(root, like, prefix):
+        keys += _all_keys(section, like, place)
     return keys
+
+
+def _own_sections(root: type[BaseModel], like: str, prefix: str) -> list[tuple[str, type[BaseModel]]]:
+    """(prefix, section) of those of free names that `like` goes through."""
+    found = [(f"{name}.", section) for name, section in mappings(root, prefix).items() if like.startswith(f"{name}.")]
+    return [(f"{name}{like.removeprefix(name).partition('.')[0]}.", section) for name, section in found]
 
 
 def _nearest(key: str, root: type[BaseModel]) -> str:
     """The known name most like `key`: one of its own section if any is close, else one that ends alike anywhere."""
-    section = key.rpartition(".")[0]
-    owners = [option for option in choices(root).get(section, []) if key.rpartition(".")[2] in option.model_fields]
+    parent, _, last = key.rpartition(".")
+    owners = [option for option in _all_choices(root, key).get(parent, []) if last in option.model_fields]
     if owners:
         return f"; {', '.join(_names(owners))} has it: give the name as well"
     paths = [name.split(".") for name in _all_keys(root, key)]
     known = list(dict.fromkeys(".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)))
-    parent, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     for names in (siblings, known):
         by_ending = {name.rpartition(".")[2]: name for name in reversed(names)}
-        close = difflib.get_close_matches(last, by_ending, n=1, cutoff=0.6)
+        # A known name that goes on is nearer than one that shares more letters.
+        close = [name for name in by_ending if last.startswith(f"{name}_")]
+        close += difflib.get_close_matches(last, by_ending, n=1, cutoff=0.6)
         if close:
             return f"; did you mean '{by_ending[close[0]]}'?"
     return ""

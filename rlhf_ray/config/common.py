@@ -99,10 +99,8 @@ class ZeroConfig(Config):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     """ZeRO stage: 1 shards optimiser state, 2 gradients as well, 3 parameters as well."""
-    offload_optimizer: bool = False
-    """Keep optimiser state in host memory."""
-    offload_parameters: bool = False
-    """At stage 3: keep parameters in host memory too, and fetch a layer's when it is computed."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Kept in host memory: nothing, optimiser state, or at stage 3 also parameters, a layer's fetched when computed."""
     bf16_optimizer: bool = False
     """Keep master weights and Adam's moments in bf16: half of their memory, and changes below a 256th of a weight are
     rounded away."""
@@ -111,14 +109,14 @@ class ZeroConfig(Config):
 
     @model_validator(mode="after")
     def offload_needs_sharding(self) -> "ZeroConfig":
-        if self.offload_optimizer and self.stage == 0:
-            raise ValueError("offload_optimizer works with stage 1, 2 and 3, but stage is 0")
-        if self.offload_parameters and self.stage < 3:
-            raise ValueError(f"offload_parameters works with stage 3, but stage is {self.stage}")
+        if self.offload == "optimizer" and self.stage == 0:
+            raise ValueError("offload optimizer works with stage 1, 2 and 3, but stage is 0")
+        if self.offload == "all" and self.stage < 3:
+            raise ValueError(f"offload all works with stage 3, but stage is {self.stage}")
         if self.bf16_optimizer and self.stage == 0:
             raise ValueError("bf16_optimizer works with stage 1, 2 and 3, but stage is 0")
-        if self.bf16_optimizer and self.offload_optimizer:
-            raise ValueError("bf16_optimizer and offload_optimizer do not work together; choose one")
+        if self.bf16_optimizer and self.offload != "none":
+            raise ValueError(f"bf16_optimizer and offload {self.offload} do not work together; choose one")
         return self
 
 

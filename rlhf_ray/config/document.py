@@ -41,31 +41,50 @@ def document() -> str:
 
 def _stage(stage: type[StageConfig]) -> str:
     title = (stage.__doc__ or "").partition(":")[0].rstrip(".")
-    rows = [_row(key, field, _default(stage, key)) for key, field in leaves(stage).items()]
     others = [text for key, options in choices(stage).items() for text in _choice(key, options)]
     named = [text for key, section in mappings(stage).items() for text in _mapping(key, section)]
-    return "\n".join([f"## {title}", "", *_HEAD, *rows, "", *others, *named])
+    return "\n".join([f"## {title}", "", *_HEAD, *_rows(stage), "", *others, *named])
 
 
 def _choice(key: str, options: list[type[BaseModel]]) -> list[str]:
-    """The sections that may stand at `key`, each with the keys that it then has."""
-    one_of = "one of these, by its name alone or as a section" if len(options) > 1 else "null, or this section"
-    lines = [f"`{key}` is {one_of}:", "", "| name | keys and defaults | meaning |", "|---|---|---|"]
-    for option in options:
-        keys = {name: field for name, field in option.model_fields.items() if name != "name"}
-        shown = ", ".join(
-            f"`{name}` (required)" if field.is_required() else f"`{name}: {_written(field.default)}`"
-            for name, field in keys.items()
-        )
-        name = f"`{option.model_fields['name'].default}`" if "name" in option.model_fields else ""
-        lines.append(f"| {name} | {shown} | {' '.join((option.__doc__ or '').split())} |")
-    return [*lines, ""]
+    """The sections that may stand at `key`, and the keys that they then have."""
+    if len(options) == 1:
+        return [f"`{key}` is null, or this section: {_about(options[0])}", "", *_HEAD, *_rows(options[0]), ""]
+    names = {f"`{option.model_fields['name'].default}`": option for option in options}
+    owners: dict[str, dict[str, list[str]]] = {}
+    for name, option in names.items():
+        for setting, row in zip(leaves(option), _rows(option), strict=True):
+            if setting != "name":
+                owners.setdefault(setting, {}).setdefault(row, []).append(name)
+    settings = [
+        f"| {'all' if len(having) == len(names) else ', '.join(having)} {row}"
+        for rows in owners.values()
+        for row, having in rows.items()
+    ]
+    return [
+        f"`{key}` is one of these, by its name alone or as a section:",
+        "",
+        "| name | meaning |",
+        "|---|---|",
+        *(f"| {name} | {_about(option)} |" for name, option in names.items()),
+        "",
+        *(["| of " + _HEAD[0], "|---" + _HEAD[1], *settings, ""] if settings else []),
+    ]
 
 
 def _mapping(key: str, section: type[BaseModel]) -> list[str]:
     """The sections that stand at `key` under names of the person's own."""
-    rows = [_row(name, field, _default(section, name)) for name, field in leaves(section).items()]
-    return [f"`{key}` holds sections under names of your choice, each with these keys:", "", *_HEAD, *rows, ""]
+    lead = f"`{key}` holds sections under names of your choice, each with these keys:"
+    return [lead, "", *_HEAD, *_rows(section), ""]
+
+
+def _about(section: type[BaseModel]) -> str:
+    return " ".join((section.__doc__ or "").split())
+
+
+def _rows(section: type[BaseModel]) -> list[str]:
+    """One for each leaf."""
+    return [_row(key, field, _default(section, key)) for key, field in leaves(section).items()]
 
 
 def _row(key: str, field: FieldInfo, default: str) -> str:
@@ -80,15 +99,15 @@ def _default(stage: type[BaseModel], key: str) -> str:
     for name in key.split("."):
         is_class = isinstance(value, type) and issubclass(value, BaseModel)
         value = _field_default(value.model_fields[name]) if is_class else getattr(value, name)
-    if value is PydanticUndefined:
+    if value is PydanticUndefined or isinstance(value, type):
         return "required"
     return f"`{_written(value)}`"
 
 
 def _written(value: Any) -> str:
     if isinstance(value, BaseModel):
-        section = value.model_dump(mode="json")
-        value = section["name"] if section.keys() == {"name"} else section
+        is_plain = "name" in type(value).model_fields and value == type(value)()
+        value = value.name if is_plain else value.model_dump(mode="json")  # type: ignore[attr-defined]
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -103,6 +122,8 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Annotated:
         inner = [part for extra in arguments[1:] for part in getattr(extra, "metadata", [])]
         return _type(arguments[0], inner)
+    if len(options := sections(annotation)) > 1:
+        return "one of " + ", ".join(f"`{option.model_fields['name'].default}`" for option in options)
     if origin in (Union, UnionType):
         return " or ".join("null" if part is type(None) else _type(part, metadata) for part in arguments)
     if origin is Literal:

@@ -274,7 +274,7 @@ def _trained(
         weights=_times(size.parameters, _width(config), ranks if zero.stage >= 3 else 1),
         gradients=_times(trained, _width(config), ranks if zero.stage >= 2 else 1),
         optimizer=_times(trained, _optimizer_width(zero, has_master), ranks if zero.stage >= 1 else 1),
-        optimizer_on_host=zero.offload_optimizer and config.device == "gpu",
+        optimizer_on_host=zero.offload != "none" and config.device == "gpu",
     )
 
 
@@ -325,7 +325,8 @@ def _bundles(held: Sequence[Held], actors: Sequence[Actors], memory: Sequence[Me
 
 
 def _bytes_per_device(gpus_of: Mapping[str, float], memory: Sequence[Memory]) -> int | None:
-    """A worker on several GPUs spreads evenly over them; workers with fractions of a GPU add up on it."""
+    """A worker on several GPUs spreads evenly over them, a frozen model as evenly as whole layers allow; workers with
+    fractions of a GPU add up on it."""
     parts = [part for part in memory if part.role in gpus_of]
     if any(part.on_device is None for part in parts):
         return None

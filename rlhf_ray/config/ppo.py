@@ -60,6 +60,48 @@ Controller = Annotated[
 ]
 
 
+class Sampled(Config):
+    """What looks at the sampled token alone."""
+
+    top_k: ClassVar[None] = None
+
+
+class K1(Sampled):
+    """x, the log-ratio to the reference: unbiased, and as a loss its gradient has expectation zero."""
+
+    name: Literal["k1"] = "k1"
+    placement: ClassVar[Literal["reward"]] = "reward"
+
+
+class K2(Sampled):
+    """x^2 / 2: low variance, and not the KL."""
+
+    name: Literal["k2"] = "k2"
+    placement: Literal["reward", "loss"] = "reward"
+    """reward: a constant in each token's reward. loss: added to the loss and differentiated."""
+
+
+class K3(Sampled):
+    """exp(-x) - 1 + x: unbiased and never negative; explodes where the reference likes a token much better."""
+
+    name: Literal["k3"] = "k3"
+    placement: Literal["reward", "loss"] = "reward"
+    """As of k2."""
+
+
+class FullKL(Config):
+    """The sum over the whole vocabulary, exactly."""
+
+    name: Literal["full"] = "full"
+    placement: Literal["reward", "loss", "both"] = "reward"
+    """As of k2; both is the whole gradient of the KL of answers, of which each alone is a part."""
+    top_k: Positive | None = None
+    """Only the sampler's likeliest tokens and one bucket for all others: a lower bound that travels cheaply."""
+
+
+Estimator = Annotated[K1 | K2 | K3 | FullKL, Field(discriminator="name"), named("k1")]
+
+
 class KLConfig(Config):
     """The penalty that keeps the policy near the reference; docs/kl.md has the table of which form does what."""
 
@@ -67,24 +109,13 @@ class KLConfig(Config):
     """beta, the price of a nat; the initial value where a controller steers it."""
     controller: Controller = FixedController()
     """Its name, or a section with its settings."""
-    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
-    """k1 to k3 look at the sampled token alone; full sums over the whole vocabulary, exactly."""
-    top_k: Annotated[int, Field(gt=0)] | None = None
-    """With full: the sampler's likeliest tokens and one bucket for all others, a lower bound that travels cheaply."""
-    placement: Literal["reward", "loss", "both"] = "reward"
-    """reward: a constant in each token's reward. loss: added to the loss and differentiated. both: with full, the whole
-    gradient of the KL of answers, of which each alone is a part."""
+    estimator: Estimator = K1()
+    """Its name, or a section with its settings."""
 
     @model_validator(mode="after")
-    def the_form_does_something(self) -> "KLConfig":
-        if self.estimator == "k1" and self.placement == "loss":
-            raise ValueError("k1 as a loss has gradient zero in expectation: use placement: reward, or k2 or full")
-        if self.placement == "both" and self.estimator != "full":
-            raise ValueError(f"placement both belongs to estimator full, but estimator is {self.estimator}")
+    def the_controller_moves_beta(self) -> "KLConfig":
         if isinstance(self.controller, AdaptiveController) and self.coefficient == 0:
             raise ValueError("controller adaptive multiplies the coefficient, which is 0 and would stay so")
-        if self.top_k and self.estimator != "full":
-            raise ValueError(f"top_k belongs to estimator full, but estimator is {self.estimator}")
         return self
 
 
@@ -106,6 +137,8 @@ class Algorithm(Config):
     needs_critic: ClassVar[bool] = False
     needs_groups: ClassVar[bool] = False
     """Advantages compare several answers to one prompt."""
+    needs_signal: ClassVar[bool] = False
+    """A prompt whose answers are all paid alike is replaced."""
     ratio: ClassVar[Literal["token", "sequence"]] = "token"
 
     clip_ratio: Clip = (0.2, 0.2)
@@ -124,6 +157,8 @@ class PPO(Algorithm):
     name: Literal["ppo"] = "ppo"
     gamma: Share = 1.0
     gae_lambda: Share = 0.95
+    critic_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """none: the policy's. All other optimiser settings are shared."""
     clip_value: Annotated[float, Field(gt=0)] = 0.2
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance, mean kept."""
@@ -168,11 +203,12 @@ class DAPO(Algorithm):
     """GRPO with an asymmetric clip, groups without signal replaced, and a soft limit on length (Yu et al. 2025)."""
 
     needs_groups: ClassVar[bool] = True
+    needs_signal: ClassVar[bool] = True
 
     name: Literal["dapo"] = "dapo"
     clip_ratio: Clip = (0.2, 0.28)
     max_refills: Annotated[int, Field(ge=0)] = 4
-    """How many times prompts whose answers all score alike are replaced before an update goes on with what it has."""
+    """How many times in a row a prompt whose answers all score alike is replaced, before its place stays empty."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
     """Over so many last tokens before `max_new_tokens` a penalty grows from zero to one."""
 
@@ -239,6 +275,9 @@ class PPOSection(Config):
     """Policy optimisation: sampled answers, clipped ratios, a KL penalty."""
 
     updates: Positive = 100
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Updates by which a token may be older than the policy that it trains. 0: generation and training take turns; from
+    1 on they overlap."""
     epochs: Positive = 4
     minibatches: Positive = 1
     """Optimiser steps in each epoch."""
@@ -260,8 +299,6 @@ class LearnerConfig(Config):
     tokens_per_micro_batch: Positive = 4096
     """Tokens of one forward and backward pass on one rank. Changes memory and speed, never the gradient."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    critic_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """none: the policy's. All other optimiser settings are shared."""
     lora: LoraConfig | None = None
     """Train adapters of policy and critic, their other weights frozen; none: train every weight."""
     zero: ZeroConfig = ZeroConfig()
@@ -272,8 +309,8 @@ class PublicationConfig(Config):
 
     backend: Literal["auto", "shm", "gloo", "ipc", "nccl"] = "auto"
     """auto: shm on CPU within a node, gloo across; ipc on a GPU that engine and learner share, nccl otherwise."""
-    canary_bound: Annotated[float, Field(gt=0)] | None = None
-    """Largest log-probability difference between learner and engine; none: 1e-3 in fp32, 0.5 in bf16."""
+    in_flight: Literal["keep", "wait", "abort"] = "keep"
+    """What becomes of answers under way: they go on with the new weights, are waited for, or are begun anew."""
 
 
 class EnginesConfig(Config):
@@ -293,7 +330,7 @@ class ReplicasConfig(Config):
 
     replicas: Positive = 1
     gpus: GPUs = 0
-    """GPUs of each replica; over several its layers are spread."""
+    """GPUs of each replica; over several its layers are spread, computed one after the other."""
 
     @property
     def workers(self) -> int:

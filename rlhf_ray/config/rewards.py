@@ -36,17 +36,24 @@ class Weights(Config):
 Combination = Annotated[Mean | Worst | Uncertainty | Weights, Field(discriminator="name"), named("mean")]
 
 
+class Ensemble(Config):
+    """Several reward models as one, every replica holding them all; docs/reward-models.md."""
+
+    models: Annotated[list[str], Field(min_length=2)]
+    """Each as `model`."""
+    combine: Combination = Mean()
+    """How their scores become one: its name, or a section with its settings."""
+
+
 class RewardSource(Config):
     """Exactly one way to score an answer."""
 
-    ways: ClassVar[tuple[str, ...]] = ("model", "models", "function", "url")
+    ways: ClassVar[tuple[str, ...]] = ("model", "ensemble", "function", "url")
 
     model: str | None = None
     """A sequence-classification model with one output, scored at the last real token."""
-    models: Annotated[list[str], Field(min_length=2)] | None = None
-    """Several such models as one, every replica holding them all; docs/reward-models.md."""
-    combine: Combination = Mean()
-    """How the scores of `models` become one: its name, or a section with its settings."""
+    ensemble: Ensemble | None = None
+    """Several such models as one."""
     function: str | None = None
     """A Python function `package.module:name` of (prompts, responses), two lists of text, to a list of floats."""
     url: Annotated[str, Field(pattern=r"^https?://")] | None = None
@@ -60,19 +67,19 @@ class RewardSource(Config):
         if len(given) != 1:
             known = f"{', '.join(self.ways[:-1])} and {self.ways[-1]}"
             raise ValueError(f"give exactly one of {known}; {', '.join(given) or 'none'} given")
-        if self.models is None and self.combine != Mean():
-            raise ValueError(f"combine {self.combine.name} belongs to models, but {given[0]} is given")
         return self
 
     @property
     def members(self) -> list[str]:
         """Reward models that it reads; none for a function or a server."""
-        return [self.model] if self.model else list(self.models or [])
+        if self.ensemble is not None:
+            return self.ensemble.models
+        return [self.model] if self.model else []
 
     @property
     def disagrees(self) -> bool:
         """Whether there are several scores of each answer."""
-        return self.models is not None and not isinstance(self.combine, Weights)
+        return self.ensemble is not None and not isinstance(self.ensemble.combine, Weights)
 
 
 class RewardPart(RewardSource):

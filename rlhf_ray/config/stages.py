@@ -13,6 +13,7 @@ STAGES = {
     "critique": ("feedback.CritiqueConfig", "stages.critique"),
     "judge": ("feedback.JudgeConfig", "stages.judge"),
     "evaluate": ("evaluation.EvaluateConfig", "stages.evaluate"),
+    "rllib": ("rllib.RLlibConfig", "stages.rllib"),
     "world": ("world.WorldConfig", "demo.stage"),
 }
 """Stage -> its class in `config/`, and its module, which has `run(config, address) -> summary`."""

@@ -1,12 +1,11 @@
 """The demo's world as a stage, so that a pipeline can begin with nothing at all."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rlhf_ray.config.world import WorldConfig
 from rlhf_ray.demo import feedback
+from rlhf_ray.models.threads import one_thread
 from rlhf_ray.telemetry.tracker import Tracker
 
 
@@ -15,7 +14,7 @@ def run(config: WorldConfig, address: str | None = None) -> dict[str, Any]:
     with Tracker(config, "world") as tracker:
         folder, began = tracker.folder.path / "world", time.monotonic()
         progress = tracker.progress(feedback.RECIPE.steps, "base model")
-        with _one_thread():
+        with one_thread():
             made = feedback.prepare_feedback(
                 folder, config.seed, log=lambda step, loss: progress.advance(loss=round(loss, 3))
             )
@@ -30,17 +29,3 @@ def run(config: WorldConfig, address: str | None = None) -> dict[str, Any]:
         }
         tracker.summary(summary)
         return summary
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Two threads save a third of the time on idle cores, and take ten times as long beside anything else: between the
-    parallel regions of so small a model they wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -44,12 +44,19 @@ def distances(edges: Edges) -> NDArray[np.float64]:
         found = better
 
 
-def walk(edges: Edges, start: int, longest: int, random: np.random.Generator) -> list[int]:
-    """Nodes gone to from `start`, each a random neighbour of the one before, up to the goal or `longest` steps."""
+def walk(edges: Edges, start: int, longest: int, random: np.random.Generator, skill: float = 0.0) -> list[int]:
+    """Nodes gone to from `start`, up to the goal or `longest` steps.
+
+    Each is any neighbour of the one before or, with probability `skill`, any of those that are nearest to the goal.
+    """
+    left = distances(edges)
     nodes: list[int] = []
     at = start
     while at != GOAL and len(nodes) < longest:
-        at = int(random.choice(np.flatnonzero(edges[at])))
+        neighbours = np.flatnonzero(edges[at])
+        if random.random() < skill:
+            neighbours = neighbours[left[neighbours] == left[neighbours].min()]
+        at = int(random.choice(neighbours))
         nodes.append(at)
     return nodes
 

@@ -33,10 +33,12 @@ def averaged_classifier(
     """
     import torch
 
+    from rlhf_ray.models.device import torch_devices
+
     sums: dict[str, Tensor] = {}
     offset = 0.0
     for path in paths:
-        model = load.classifier(path, device, trust_remote_code)
+        model = load.classifier(path, device, trust_remote_code, torch_devices(device))
         mean, sd = load.score_normalisation(model.config)
         weights = {name: weight.detach().float().cpu() for name, weight in model.named_parameters()}
         if sums:

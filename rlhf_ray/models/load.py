@@ -7,6 +7,7 @@ vocabulary) is told from the small JSON files, in the driver, within seconds.
 import json
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 from rlhf_ray.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -118,19 +120,26 @@ def check_reward_model(config: "PretrainedConfig", path: str, role: str = "rewar
         )
 
 
-def causal_lm(path: str, device: "Device", trust_remote_code: bool = False) -> "PreTrainedModel":
-    """A causal language model with packed attention and no dropout, on the device."""
+def causal_lm(
+    path: str, device: "Device", trust_remote_code: bool = False, over: "Sequence[torch.device]" = ()
+) -> "PreTrainedModel":
+    """A causal language model with packed attention and no dropout, on the device; one that does not train may be
+    spread `over` several (models/spread.py)."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, path, device, trust_remote_code)
+    return _load(AutoModelForCausalLM, path, device, trust_remote_code, over)
 
 
-def classifier(path: str, device: "Device", trust_remote_code: bool = False) -> "PreTrainedModel":
-    """A sequence classifier with one output; a causal model gets a new head of standard deviation 1/sqrt(H + 1)."""
+def classifier(
+    path: str, device: "Device", trust_remote_code: bool = False, over: "Sequence[torch.device]" = ()
+) -> "PreTrainedModel":
+    """A sequence classifier with one output; a causal model gets a new head of standard deviation 1/sqrt(H + 1).
+
+    `over` as in `causal_lm`."""
     from torch import nn
     from transformers import AutoModelForSequenceClassification
 
-    model = _load(AutoModelForSequenceClassification, path, device, trust_remote_code, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, path, device, trust_remote_code, over, num_labels=1)
     if not any(kind.endswith("ForSequenceClassification") for kind in _architectures(path)):
         with _whole(model.score.weight):
             nn.init.normal_(model.score.weight, std=(model.config.hidden_size + 1) ** -0.5)
@@ -204,7 +213,9 @@ def _architectures(path: str) -> list[str]:
     return json.loads(file.read_text()).get("architectures") or [] if file.is_file() else []
 
 
-def _load(kind: Any, path: str, device: "Device", trust_remote_code: bool, **options: Any) -> "PreTrainedModel":
+def _load(
+    kind: Any, path: str, device: "Device", trust_remote_code: bool, over: "Sequence[torch.device]", **options: Any
+) -> "PreTrainedModel":
     import torch
 
     from rlhf_ray.models.device import torch_device
@@ -213,13 +224,27 @@ def _load(kind: Any, path: str, device: "Device", trust_remote_code: bool, **opt
 
     quiet()
     register_attention()
-    model: nn.Module = kind.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if device == "gpu" else torch.float32,
-        attn_implementation=ATTENTION,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        **options,
-    )
+    options |= {
+        "dtype": torch.bfloat16 if device == "gpu" else torch.float32,
+        "attn_implementation": ATTENTION,
+        "trust_remote_code": trust_remote_code,
+    }
+    if len(over) > 1:
+        options["device_map"] = _device_map(kind, path, over, **options)
+    model: nn.Module = kind.from_pretrained(path, use_safetensors=True, **options)
     switch_off_dropout(model)
-    return model.to(torch_device(device))  # type: ignore[return-value]
+    return model if len(over) > 1 else model.to(torch_device(device))  # type: ignore[return-value]
+
+
+def _device_map(kind: Any, path: str, over: "Sequence[torch.device]", **options: Any) -> "dict[str, torch.device]":
+    """From the model's shapes alone, before a weight is read."""
+    import torch
+    from transformers import AutoConfig
+
+    from rlhf_ray.models.spread import device_map
+
+    dtype, trusted = options.pop("dtype"), options["trust_remote_code"]
+    config = AutoConfig.from_pretrained(path, **options)
+    with torch.device("meta"):
+        shapes = kind.from_config(config, dtype=dtype, trust_remote_code=trusted)
+    return {name: over[place] for name, place in device_map(shapes, len(over)).items()}

@@ -75,14 +75,17 @@ class Packed:
 
 
 def hidden_states(body: torch.nn.Module, packed: Packed) -> Tensor:
-    """[S, H] final hidden states (after the last norm) of a Hugging Face decoder without its head."""
+    """[S, H] final hidden states (after the last norm) of a Hugging Face decoder without its head.
+
+    On the device of the ids, though a body that is spread over several ends on the last of them.
+    """
     output = body(
         input_ids=packed.ids[None],
         position_ids=packed.positions[None],
         packed_offsets=packed.offsets,
         use_cache=False,
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0].to(packed.ids.device)
 
 
 def register_attention() -> None:

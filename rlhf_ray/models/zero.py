@@ -41,9 +41,9 @@ def import_deepspeed(device: Device) -> Any:
 def settings(optimizer: OptimizerConfig, zero: ZeroConfig, device: Device) -> dict[str, Any]:
     """DeepSpeed's configuration. Batch sizes in it are formal: micro-batches are ours."""
     stage: dict[str, Any] = {"stage": zero.stage, "overlap_comm": device == "gpu"}
-    if zero.offload_optimizer:
+    if zero.offload != "none":
         stage["offload_optimizer"] = {"device": "cpu"}
-    if zero.offload_parameters:
+    if zero.offload == "all":
         stage["offload_param"] = {"device": "cpu"}
     half = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True} if zero.bf16_optimizer else {}
     return {

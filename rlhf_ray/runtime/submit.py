@@ -9,6 +9,7 @@ import shlex
 from collections.abc import AsyncIterator
 from http.client import HTTPException
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 EXCLUDES = ["runs/", "outputs/", "checkpoints/", "wandb/", ".venv/", ".git/", "__pycache__/", "*.pyc"]
 """Left out of the upload, as .gitignore's entries are: models and data belong on a file system that all nodes share."""
 
+MOST_NODES = 10_000
+"""Ray tells no more at once."""
 ANSWER_WITHIN_S = 8.0
 SILENCE_S = 30.0
 """How long the log may be silent before the cluster is asked whether it is still there."""
@@ -38,8 +41,11 @@ def submit(config: Path, stage: str, overrides: list[str], address: str, working
     return submit_command(["rlhf-ray", stage, _inside(config, working_dir), *overrides], address, working_dir)
 
 
-def submit_command(command: list[str], address: str, working_dir: Path) -> int:
-    """As `submit`, for any command; paths in it that are absolute must lie where all nodes see them."""
+def submit_command(command: list[str], address: str, working_dir: Path, who: str = "") -> int:
+    """As `submit`, for any command; paths in it that are absolute must lie where all nodes see them.
+
+    `who` stands before every line, for where several jobs are followed at once.
+    """
     entrypoint = shlex.join(command)
     check_answers(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers its variables, RAY_ADDRESS too, to its argument
@@ -54,9 +60,9 @@ def submit_command(command: list[str], address: str, working_dir: Path) -> int:
     except (RuntimeError, ValueError, OSError, RayError) as error:
         raise ResourceError(f"the Ray cluster at {address} did not take the job: {error}") from None
     stop = f"ray job stop --address {address} {job}"
-    print(f"job {job}: {entrypoint}\nto stop it: {stop}", flush=True)
+    print(f"{who}job {job}: {entrypoint}\n{who}to stop it: {stop}", flush=True)
     try:
-        status = asyncio.run(_follow(client, job, address))
+        status = asyncio.run(_follow(client, job, address, who))
         message = client.get_job_info(job).message or ""
     except KeyboardInterrupt:
         raise StopRequested(f"no longer following; job {job} runs on. To stop it: {stop}") from None
@@ -64,8 +70,22 @@ def submit_command(command: list[str], address: str, working_dir: Path) -> int:
         raise ResourceError(f"lost the Ray cluster at {address}: {error}. Job {job} may run on: {stop}") from None
     succeeded = status == JobStatus.SUCCEEDED
     why = message.partition(", last available logs")[0]  # the log has been printed
-    print(f"job {job}: {status}" if succeeded else f"job {job}: {status}: {why}")
+    print(f"{who}job {job}: {status}" if succeeded else f"{who}job {job}: {status}: {why}")
     return 0 if succeeded else 1
+
+
+def machines(address: str) -> list[dict[str, float]]:
+    """Resources of every node of the cluster at `address`, whoever holds them. Raises ResourceError."""
+    check_answers(address)
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
+    except (RayStateApiException, RuntimeError, OSError) as error:
+        raise ResourceError(f"the Ray cluster at {address} does not say what machines it has: {error}") from None
+    return [dict(node.resources_total) for node in nodes]
 
 
 def check_answers(address: str) -> None:
@@ -94,7 +114,7 @@ def _inside(config: Path, working_dir: Path) -> str:
         ) from None
 
 
-async def _follow(client: "JobSubmissionClient", job: str, address: str) -> "JobStatus":
+async def _follow(client: "JobSubmissionClient", job: str, address: str, who: str = "") -> "JobStatus":
     """Prints the log as it grows; the job's final status. A connection that breaks is taken up again."""
     from aiohttp import ClientError
 
@@ -103,7 +123,7 @@ async def _follow(client: "JobSubmissionClient", job: str, address: str) -> "Job
         seen = 0
         try:
             async for text in _unless_gone(client.tail_job_logs(job), address):
-                print(text[max(0, printed - seen) :], end="", flush=True)
+                print(indent(text[max(0, printed - seen) :], who), end="", flush=True)
                 seen += len(text)
                 printed = max(printed, seen)
         except (RuntimeError, OSError, ClientError):  # RuntimeError: how Ray's client reports a broken connection

@@ -1,7 +1,7 @@
 """An examination of a policy: which of given answers it chooses, what its own are like, how they do against others'.
 
 Nothing here trains, and nothing is left out: an item that cannot be measured is an error, as is a measure that cannot
-be had. Baselines that look at no model stand beside every choice.
+be had, and neither takes away what was measured before it. Baselines that look at no model stand beside every choice.
 """
 
 import json
@@ -34,23 +34,16 @@ from rlhf_ray.telemetry.tracker import Tracker
 def run(config: EvaluateConfig, address: str | None = None) -> dict[str, Any]:
     """The whole stage; returns what summary.json says. Any failure ends it with an RLHFError."""
     with Tracker(config, "evaluate") as tracker:
-        inputs = prepare(config, tracker.folder.path)
+        found = Examination(config, prepare(config, tracker.folder.path), tracker.folder)
         with session.connect(address), interrupts.stoppable():
-            found = Examination(config, inputs, tracker.folder.path)
-            with found.engines("policy") as policy:
-                measured = found.measure_items(policy)
-                sampled = {name: found.sample(policy, prompts) for name, prompts in inputs.prompts.items()}
-            summary: dict[str, Any] = {}
-            measured = found.beside_reference(measured)
-            with found.reward() as reward:  # one model is up at a time
-                if inputs.items:
-                    summary["choices"] = found.choices(measured, reward)
-                if inputs.pairs and reward:
-                    summary["pairs"] = found.pairs(reward)
-            summary["answers"] = {name: found.describe(name, answers) for name, answers in sampled.items()}
-            if config.duel is not None:
-                summary["duel"] = found.duel(config.duel, sampled)
-        summary["policy"] = config.policy.model
+            with found.engines("policy") as policy:  # one model is up at a time
+                found.choose(policy)
+                found.answer(policy)
+            found.beside_reference()
+            found.by_reward()
+            found.measure_answers()
+            found.duel()
+        summary = found.summary
         tracker.log(0, _metrics(summary))
         tracker.summary(summary)
         _show(summary)

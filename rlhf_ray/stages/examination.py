@@ -1,12 +1,12 @@
 """What one policy is put through: measurements of it, each by the engines that are up at the time.
 
-Nothing is left out: an item that cannot be measured is an error, as is a measure that cannot be had.
+Nothing is left out: an item that cannot be measured is an error, as is a measure that cannot be had. What was sampled
+or measured is in the run's folder before the next thing is begun: a failure must never take away what came before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,13 @@ from rlhf_ray.evaluation import choice, duels, reward_bench
 from rlhf_ray.evaluation.items import Item
 from rlhf_ray.feedback import constitution as constitutions
 from rlhf_ray.feedback.endpoint import Endpoint
-from rlhf_ray.feedback.judging import OPTIONS, Judged, Response
+from rlhf_ray.feedback.judging import OPTIONS, Judge, Judged, Response
 from rlhf_ray.models import load
 from rlhf_ray.stages import scoring
 from rlhf_ray.stages.engines import Answer, Engines, Reader
 from rlhf_ray.stages.judge import EngineJudge, compare, option_ids
 from rlhf_ray.telemetry.progress import say
-from rlhf_ray.telemetry.run_folder import write_rows
+from rlhf_ray.telemetry.run_folder import RunFolder, write_rows
 
 NEUTRAL = "?"
 """A prompt that says nothing, for what the prompt adds to an answer's log-probability."""
@@ -49,10 +49,16 @@ class Inputs:
 
 
 class Examination:
-    """Measurements of one policy, each by the engines that are up at the time."""
+    """Measurements of one policy, each by the engines that are up at the time, and each kept as soon as it is there."""
 
-    def __init__(self, config: EvaluateConfig, inputs: Inputs, folder: Path) -> None:
+    def __init__(self, config: EvaluateConfig, inputs: Inputs, folder: RunFolder) -> None:
         self.config, self.inputs, self.folder = config, inputs, folder
+        self.summary: dict[str, Any] = {"policy": config.policy.model, "answers": {}}
+        """What is known, as summary.json will say it."""
+        self._known: dict[str, Sequence[Any]] = {}
+        """Field of `choice.Measured` -> its values by item."""
+        self._answers: dict[str, list[Answer]] = {}
+        """Section of `answers` -> what the policy answered."""
 
     @contextmanager
     def engines(self, name: str) -> Iterator[Engines]:
@@ -60,74 +66,106 @@ class Examination:
         with Engines(section, self.inputs.readers[name], self.config, self.config.deadline_s) as up:
             yield up
 
-    def measure_items(self, policy: Engines) -> list[dict[str, Any]]:
-        """By item what the policy's own log-probabilities say, as fields of `choice.Measured`."""
+    def choose(self, policy: Engines) -> None:
+        """What the policy's own log-probabilities say about the items."""
         found = self.inputs.items
         if not found:
-            return []
+            return
         say(f"{len(found)} items")
-        logprobs = self._item_logprobs(policy, [item.prompt for item in found])
-        neutral = self._item_logprobs(policy, [NEUTRAL] * len(found))
-        letters = self._letters(policy) if all(len(item.choices) == len(OPTIONS) for item in found) else None
-        return [
-            {"logprobs": own, "neutral": other, "letters": None if letters is None else letters[place]}
-            for place, (own, other) in enumerate(zip(logprobs, neutral, strict=True))
-        ]
+        self._know("logprobs", self._item_logprobs(policy, [item.prompt for item in found]))
+        self._know("neutral", self._item_logprobs(policy, [NEUTRAL] * len(found)))
+        if all(len(item.choices) == len(OPTIONS) for item in found):
+            self._know("letters", self._letters(policy))
 
-    def beside_reference(self, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The same with what the reference's log-probabilities say, where there is one."""
-        if self.config.reference is None or not measured:
-            return measured
+    def beside_reference(self) -> None:
+        """What the reference's log-probabilities say beside them, where there is one."""
+        if self.config.reference is None or not self.inputs.items:
+            return
         with self.engines("reference") as reference:
-            others = self._item_logprobs(reference, [item.prompt for item in self.inputs.items])
-        return [{**each, "reference": other} for each, other in zip(measured, others, strict=True)]
+            self._know("reference", self._item_logprobs(reference, [item.prompt for item in self.inputs.items]))
 
-    @contextmanager
-    def reward(self) -> Iterator[scoring.Scorer | None]:
-        """What scores given answers; None where no reward is configured."""
+    def by_reward(self) -> None:
+        """What `reward` says about items and pairs, where it is configured."""
         reward = self.config.reward
-        if reward is None:
-            yield None
+        if reward is None or not (self.inputs.items or self.inputs.pairs):
             return
         tokenizer = scoring.tokenizer_of(reward, self.config.policy.model)
         with scoring.scorer(reward, tokenizer, self.config, self.config.deadline_s) as up:
-            yield up
+            if self.inputs.items:
+                self._know("rewards", self._item_rewards(up))
+            if self.inputs.pairs:
+                outcome = reward_bench.evaluate(self.inputs.pairs, reward_bench.by_reward(up))
+                self._keep(pairs=outcome.summary())
 
-    def choices(self, measured: list[dict[str, Any]], reward: scoring.Scorer | None) -> dict[str, Any]:
-        found = self.inputs.items
-        if reward is not None:
-            scores = self._item_rewards(reward)
-            measured = [{**each, "rewards": own} for each, own in zip(measured, scores, strict=True)]
-        results = choice.evaluate(found, [choice.Measured(**each) for each in measured])
-        write_rows(self.folder / "items.jsonl", results.rows())
+    def answer(self, policy: Engines) -> None:
+        """The policy's answers to the prompts of every section."""
+        for name in self.inputs.prompts:
+            self._answers[name] = self._sample(policy, name)
+            self._describe(name, {})
+
+    def measure_answers(self) -> None:
+        """By the rewards of every section that names some."""
+        for name, section in self.config.answers.items():
+            if not section.rewards:
+                continue
+            reward, tokenizer = RewardSection(parts=section.rewards), self.config.policy.model
+            with scoring.scorer(reward, tokenizer, self.config, self.config.deadline_s) as up:
+                prompts = [prompt.ids for prompt in self.inputs.prompts[name]]
+                columns = up.columns(prompts, [answer.ids for answer in self._answers[name]])
+            self._describe(name, {part: columns[:, place].tolist() for place, part in enumerate(section.rewards, 1)})
+
+    def duel(self) -> None:
+        """The policy's answers against the opponent's, which are sampled here, where `duel` is configured."""
+        duel = self.config.duel
+        if duel is None:
+            return
+        constitution = constitutions.load(duel.constitution).only(duel.principles)
+        fights: dict[str, list[Judged]] = {}
+        with self.engines("duel.opponent") as opponent:
+            for name in [name for name, section in self.config.answers.items() if section.duel]:
+                theirs = self._sample(opponent, name)
+                triples = zip(self.inputs.prompts[name], self._answers[name], theirs, strict=True)
+                fights[name] = [
+                    Judged(number, prompt.turns, [Response(ours.text), Response(other.text)])
+                    for number, (prompt, ours, other) in enumerate(triples)
+                ]
+                self._write_duel(name, fights[name])
+        with self._judge(duel) as judge:
+            for name, some in fights.items():
+                for each in some:
+                    each.make_pairs(constitution.principles, 1, self.config.seed)
+                compare(judge, constitution, some, chain_of_thought=False)
+                self._write_duel(name, some)
+                self._keep(duel={**self.summary.get("duel", {}), name: _fought(some)})
+
+    @contextmanager
+    def _judge(self, duel: DuelConfig) -> Iterator[Judge]:
+        if isinstance(duel.judge, EndpointJudge):
+            yield Endpoint(duel.judge, self.config.seed)
+            return
+        with self.engines("duel.judge") as judge:
+            yield EngineJudge(judge, option_ids(judge.reader))
+
+    def _know(self, field: str, values: Sequence[Any]) -> None:
+        """One more measurement of every item, and what the policy chooses by all that are there."""
+        self._known[field] = values
+        measured = [
+            choice.Measured(**dict(zip(self._known, each, strict=True)))
+            for each in zip(*self._known.values(), strict=True)
+        ]
+        results = choice.evaluate(self.inputs.items, measured)
+        write_rows(self.folder.path / "items.jsonl", results.rows())
         summary = results.summary()
         if self.inputs.before is not None:
             changes = choice.compare(self.inputs.before, results.rows())
             summary["changes"] = {rule: change._asdict() for rule, change in changes.items()}
-        return summary
+        self._keep(choices=summary)
 
-    def pairs(self, reward: scoring.Scorer) -> dict[str, Any]:
-        return reward_bench.evaluate(self.inputs.pairs, reward_bench.by_reward(reward)).summary()
-
-    def sample(self, engines: Engines, prompts: Sequence[rows.Prompt]) -> list[Answer]:
-        """One answer to each, read by the model's own tokenizer; the same random numbers for every model."""
-        try:
-            contexts = [engines.reader.ids(prompt.turns) for prompt in prompts]
-        except BadRow as fault:
-            raise DataError(f"a prompt cannot be put to {engines.name}: {fault}; raise policy.max_tokens") from None
-        return engines.sample(contexts, range(len(prompts)))
-
-    def describe(self, name: str, answers: Sequence[Answer]) -> dict[str, Any]:
+    def _describe(self, name: str, scores: Mapping[str, list[float]]) -> None:
         """Statistics of the answers to one section's prompts; all of them are in `answers-<name>.jsonl`."""
-        prompts, section = self.inputs.prompts[name], self.config.answers[name]
-        scores: dict[str, list[float]] = {}
-        if section.rewards:
-            reward, tokenizer = RewardSection(parts=section.rewards), self.config.policy.model
-            with scoring.scorer(reward, tokenizer, self.config, self.config.deadline_s) as up:
-                columns = up.columns([prompt.ids for prompt in prompts], [answer.ids for answer in answers])
-            scores = {part: columns[:, place].tolist() for place, part in enumerate(section.rewards, 1)}
+        prompts, answers = self.inputs.prompts[name], self._answers[name]
         write_rows(
-            self.folder / f"answers-{name}.jsonl",
+            self.folder.path / f"answers-{name}.jsonl",
             [
                 {
                     "prompt": prompt.text,
@@ -140,31 +178,26 @@ class Examination:
             ],
         )
         ended = [answer.finish == "eos" for answer in answers]
-        return texts.describe([a.text for a in answers], [a.tokens for a in answers], ended, scores)
+        found = texts.describe([a.text for a in answers], [a.tokens for a in answers], ended, scores)
+        self._keep(answers={**self.summary["answers"], name: found})
 
-    def duel(self, duel: DuelConfig, sampled: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-        """The policy's answers against the opponent's, which are sampled here."""
-        names = [name for name, section in self.config.answers.items() if section.duel]
-        with self.engines("duel.opponent") as opponent:
-            theirs = {name: self.sample(opponent, self.inputs.prompts[name]) for name in names}
-        constitution = constitutions.load(duel.constitution).only(duel.principles)
-        fights: dict[str, list[Judged]] = {}
-        for name in names:
-            pairs = zip(self.inputs.prompts[name], sampled[name], theirs[name], strict=True)
-            fights[name] = [
-                Judged(number, prompt.turns, [Response(ours.text), Response(other.text)])
-                for number, (prompt, ours, other) in enumerate(pairs)
-            ]
-        everybody = [each for some in fights.values() for each in some]
-        for each in everybody:
-            each.make_pairs(constitution.principles, 1, self.config.seed)
-        if isinstance(duel.judge, EndpointJudge):
-            compare(Endpoint(duel.judge, self.config.seed), constitution, everybody, chain_of_thought=False)
-        else:
-            with self.engines("duel.judge") as judge:
-                asked = EngineJudge(judge, option_ids(judge.reader))
-                compare(asked, constitution, everybody, chain_of_thought=False)
-        return {name: _fought(some) for name, some in fights.items()}
+    def _write_duel(self, name: str, fights: Sequence[Judged]) -> None:
+        """Both answers to each prompt, ours first, and what the judge has said about them."""
+        write_rows(self.folder.path / f"duel-{name}.jsonl", [each.row() for each in fights])
+
+    def _keep(self, **found: Any) -> None:
+        self.summary |= found
+        self.folder.write_unfinished(self.summary)
+
+    def _sample(self, engines: Engines, name: str) -> list[Answer]:
+        """An answer to each prompt of a section, read by the model's own tokenizer; the same random numbers for every
+        model."""
+        prompts = self.inputs.prompts[name]
+        try:
+            contexts = [engines.reader.ids(prompt.turns) for prompt in prompts]
+        except BadRow as fault:
+            raise DataError(f"a prompt cannot be put to {engines.name}: {fault}; raise policy.max_tokens") from None
+        return engines.sample(contexts, range(len(prompts)))
 
     def _item_logprobs(self, engines: Engines, prompts: Sequence[Any]) -> list[list[np.ndarray]]:
         """By item, by choice: [T] log-probabilities of the choice after the item's prompt, its EOS included."""

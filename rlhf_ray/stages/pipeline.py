@@ -3,6 +3,8 @@
 A stage's folder carries the digest of its configuration and of the content of every file and folder that it names.
 Equal digest: the results there are the results. So a run that was stopped goes on where it was, a changed key re-runs
 what depends on it and nothing else, and an ablation shares all that it has in common with its sibling.
+
+On one machine stages follow each other; as jobs of a cluster those run together that do not depend on each other.
 """
 
 import json
@@ -10,18 +12,19 @@ import os
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import xxhash
 
 from rlhf_ray.config.common import StageConfig
-from rlhf_ray.config.load import dump
 from rlhf_ray.config.pipeline import Node, PipelineConfig
-from rlhf_ray.errors import ConfigError, TrainingError
+from rlhf_ray.errors import ConfigError, RLHFError, StopRequested
 from rlhf_ray.runtime import session
 from rlhf_ray.runtime.digests import Digests
-from rlhf_ray.runtime.submit import submit_command
+from rlhf_ray.runtime.graph import walk
 from rlhf_ray.stages import runner_of
+from rlhf_ray.stages.jobs import Cluster, Ends
 from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.run_folder import write_atomically
 from rlhf_ray.telemetry.tree import Progress, show
@@ -40,7 +43,8 @@ def run(
     """Stages in order up to `until`, those in `again` anew; returns what summary.json says.
 
     With a dashboard's address (http://...) each stage is a Ray job, and `output_dir` must be a folder that all nodes
-    and this machine share; else all run in this process, on the Ray at `address` or one of their own.
+    and this machine share; else all run in this process, on the Ray at `address` or one of their own. Once a stage has
+    failed none begins; those that run are let end, and then its error is raised.
     """
     for name in [*again, *([until] if until else [])]:
         if name not in config.stages:
@@ -48,7 +52,7 @@ def run(
     if until:
         nodes = nodes[: [node.name for node in nodes].index(until) + 1]
     pipeline = Pipeline(config, nodes, address)
-    if address and address.startswith("http"):
+    if pipeline.cluster:
         return pipeline.run(again)
     with session.connect(address):
         return pipeline.run(again)
@@ -56,28 +60,31 @@ def run(
 
 class Pipeline:
     def __init__(self, config: PipelineConfig, nodes: list[Node], address: str | None) -> None:
-        self.config, self.nodes, self.address = config, nodes, address
+        self.config, self.address = config, address
+        self.nodes = {node.name: node for node in nodes}
+        self.cluster = Cluster(address, nodes) if address and address.startswith("http") else None
         config.folder.mkdir(parents=True, exist_ok=True)
         self.digests = Digests(config.folder / ".digests.json")
         self.progress = {node.name: Progress(node.name, node.after) for node in nodes}
         self.results: dict[str, dict[str, Any]] = {}
         self.folders: dict[str, Path] = {}
+        self.began: dict[str, float] = {}
+        self.ends: Ends = SimpleQueue()
 
     def run(self, again: Collection[str]) -> dict[str, Any]:
-        for node in self.nodes:
-            progress = self.progress[node.name]
-            began = time.monotonic()
-            try:
-                kept = self._stage(node, node.name in again)
-            except BaseException:
-                progress.state = "failed"
-                self._show()
-                raise
-            progress.state = "kept" if kept else "done"
-            progress.seconds = None if kept else time.monotonic() - began
-            progress.shown = _numbers(self.results[node.name])
-            self.digests.keep()
-            self._show()
+        after = {name: node.after for name, node in self.nodes.items()}
+        fits = self.cluster.fits if self.cluster else lambda names: False
+        try:
+            errors = walk(after, lambda name: self._begin(name, name in again), self._ended, fits)
+        except KeyboardInterrupt:
+            running = ", ".join(name for name, each in self.progress.items() if each.state == "running")
+            on = "; jobs run on, and how to stop each was said when it began" if self.cluster else ""
+            raise StopRequested(f"interrupted in {running or 'no stage'}{on}") from None
+        if errors:
+            first, *others = errors
+            for name in others:
+                say(f"stage '{name}' failed as well: {errors[name]}")
+            raise errors[first]
         summary = {
             name: {"state": self.progress[name].state, "seconds": self.progress[name].seconds, "folder": str(folder)}
             for name, folder in self.folders.items()
@@ -85,37 +92,49 @@ class Pipeline:
         write_atomically(self.config.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _stage(self, node: Node, again: bool) -> bool:
-        """Whether an earlier run's results could be kept."""
+    def _begin(self, name: str, again: bool) -> None:
+        node = self.nodes[name]
+        try:
+            config = self._prepare(node, again)
+            if config is not None:
+                self.began[name] = time.monotonic()
+                self.progress[name].state = "running"
+                self._show()
+                if self.cluster:
+                    self.cluster.start(node, config, self.ends)
+                    return
+                runner_of(node.command)(config, self.address)
+        except RLHFError as error:  # raised again by `run`, when the stages that run have ended
+            self.ends.put((name, error))
+        else:
+            self.ends.put((name, None))
+
+    def _ended(self) -> tuple[str, Exception | None]:
+        name, error = self.ends.get()  # without a deadline: who follows a job asks at every silence if it is there
+        progress = self.progress[name]
+        if error is not None:
+            progress.state = "failed"
+        else:
+            self.results[name] = json.loads((self.folders[name] / "summary.json").read_text())
+            _link(self.config.folder / name, self.folders[name].name)
+            progress.state = "done" if name in self.began else "kept"
+            progress.seconds = time.monotonic() - self.began[name] if name in self.began else None
+            progress.shown = _numbers(self.results[name])
+            self.digests.keep()
+        self._show()
+        return name, error
+
+    def _prepare(self, node: Node, again: bool) -> StageConfig | None:
+        """What is to be run; None where an earlier run's results can be kept."""
         resolved = node.resolved(self.results, f"stage '{node.name}'", name=node.name)
         name = f"{node.name}-{digest(resolved, node.command, self.digests)[:12]}"
         folder = self.config.folder / name
-        config = resolved.model_copy(update={"name": name, "output_dir": str(self.config.folder)})
         self.folders[node.name] = folder
         if again or (not (folder / "summary.json").exists() and node.command not in GOES_ON):
             _move_aside(folder)
-        kept = (folder / "summary.json").exists()
-        if not kept:
-            self.progress[node.name].state = "running"
-            self._show()
-            self._start(node, config)
-        self.results[node.name] = json.loads((folder / "summary.json").read_text())
-        _link(self.config.folder / node.name, name)
-        return kept
-
-    def _start(self, node: Node, config: StageConfig) -> None:
-        if not (self.address and self.address.startswith("http")):
-            runner_of(node.command)(config, self.address)
-            return
-        file = self.config.folder / f"{config.name}.yaml"
-        write_atomically(file, dump(config))
-        if submit_command(["rlhf-ray", node.command, str(file)], self.address, Path.cwd()):
-            raise TrainingError(f"the job of stage '{node.name}' failed; its log stands above")
-        if not (self.config.folder / config.name / "summary.json").exists():
-            raise ConfigError(
-                f"the job of stage '{node.name}' succeeded, but its results are not in {self.config.folder} here: "
-                "output_dir must be a folder that this machine and all nodes share"
-            )
+        if (folder / "summary.json").exists():
+            return None
+        return resolved.model_copy(update={"name": name, "output_dir": str(self.config.folder)})
 
     def _show(self) -> None:
         show(f"{self.config.name}  ({self.config.folder})", list(self.progress.values()))
@@ -158,5 +177,8 @@ def _link(link: Path, target: str) -> None:
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The first of a summary's own numbers; of an evaluation, which has none, the first measures of its answers."""
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seconds"}
+    for name, each in summary.get("answers", {}).items():
+        numbers |= {f"{name}/{measure}": value["mean"] for measure, value in each["rewards"].items()}
     return dict(list(numbers.items())[:SHOWN])

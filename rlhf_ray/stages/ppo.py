@@ -1,12 +1,12 @@
 """Policy optimisation of a language model against a reward, held near its start by a per-token KL penalty.
 
-`train` reads as the algorithm: generate, score, learn, publish. What each step means stands in actors/; where it runs
-and how failures end stand in runtime/.
+`train` reads as the algorithm: collect scored answers, learn, publish. What each step means stands in actors/; what
+overlaps with what, where it runs and how failures end stand in runtime/.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,11 @@ import numpy as np
 from rlhf_ray import interrupts
 from rlhf_ray.algorithms.kl import AdaptiveKL, BudgetKL, FixedKL
 from rlhf_ray.config.advice import advice
-from rlhf_ray.config.ppo import DAPO, AdaptiveController, BudgetController, PPOConfig
+from rlhf_ray.config.ppo import AdaptiveController, BudgetController, PPOConfig
 from rlhf_ray.data import rows
-from rlhf_ray.data.order import SampleOrder
 from rlhf_ray.data.quarantine import Quarantine
 from rlhf_ray.data.templates import ensure_chat_template
-from rlhf_ray.errors import ModelError, StopRequested, TrainingError
+from rlhf_ray.errors import ModelError, StopRequested
 from rlhf_ray.models import load
 from rlhf_ray.records import Ragged
 from rlhf_ray.runtime import checkpoints, session
@@ -32,7 +31,7 @@ from rlhf_ray.telemetry.tracker import Tracker
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_ray.stages.roles import Chunk, Roles
+    from rlhf_ray.stages.roles import Roles
 
 CANARY_PROMPTS, CANARY_TOKENS = 4, 64
 
@@ -88,30 +87,29 @@ def prepare(config: PPOConfig, folder: Path) -> Inputs:
 
 def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, totals: "Totals") -> None:
     """Every update of the run. What it comes to is added up in `totals`."""
-    ppo = config.ppo
-    order = SampleOrder(len(inputs.prompts), config.seed)
-    controller = kl_controller(config)
-    clock = PhaseClock()
-    roles.publish(0)
+    from rlhf_ray.stages.flow import Flow
+
+    ppo, clock = config.ppo, PhaseClock()
+    flow = Flow(config, inputs.prompts, roles, clock, tracker.folder.log_event)
+    beta = kl_controller(config)
+    flow.publish(0)
     progress = tracker.progress(ppo.updates, "PPO")
     for update in range(ppo.updates):
-        rollouts = roll_out(config, inputs, roles, order, clock)
-        with clock.phase("learn"):
-            learned = roles.learn(rollouts.chunks, controller.coefficient, update, rollouts.answers, rollouts.kept)
+        batch = flow.collect(update)
+        learned = flow.learn(batch, beta.coefficient, update)
         for warning in learned.warnings:
             tracker.alert(f"update {update}", warning)
         if learned.interrupted:
             break
-        with clock.phase("publish"):
-            published = roles.publish(update + 1)
+        published = flow.publish(update + 1)
         kl = learned.metrics.get("objective/kl_full", learned.metrics["objective/kl"])
-        controller.update(kl, rollouts.trained)
+        beta.update(kl, len(batch.groups) * config.rollout.samples_per_prompt)
         with clock.phase("checkpoint"):
             last = update + 1 == ppo.updates
             if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
-                totals.policy = save(config, roles, tracker, update + 1, controller.state())
+                totals.policy = save(config, roles, tracker, update + 1, beta.state())
         tracker.samples(update, [readable(inputs.tokenizer, sample) for sample in learned.samples])
-        metrics = {**learned.metrics, **published, **rollouts.metrics, **clock.finish()}
+        metrics = {**learned.metrics, **published, **flow.metrics(batch), **clock.finish()}
         metrics["tokens/total"] = totals.add(metrics)
         metrics["tokens/per_s"] = metrics["tokens/generated"] / metrics["time/update"]
         tracker.log(update, metrics)
@@ -119,63 +117,7 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, t
             reward=metrics["objective/scores"], kl=metrics["objective/kl"], tokens_per_s=metrics["tokens/per_s"]
         )
     interrupts.Interrupt.check()
-
-
-@dataclass
-class Rollouts:
-    """What an update trains on."""
-
-    chunks: list["Chunk"]
-    answers: int
-    """How many must be in the chunks."""
-    trained: int
-    """How many of them are trained on."""
-    kept: np.ndarray | None = None
-    """Numbers of the prompts to train on; none: all."""
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def roll_out(config: PPOConfig, inputs: Inputs, roles: "Roles", order: SampleOrder, clock: PhaseClock) -> Rollouts:
-    """Answers to the next prompts, scored. DAPO replaces prompts whose answers are all paid alike by later ones.
-
-    Raises TrainingError when no prompt's answers differ, however often they were replaced.
-    """
-    wanted, algorithm = config.rollout.prompts_per_update, config.ppo.algorithm
-    if not isinstance(algorithm, DAPO):
-        return _answers(config, inputs, roles, order, clock, wanted)
-    found = Rollouts([], 0, 0)
-    kept = np.empty(0, np.int64)
-    refills = -1
-    while len(kept) < wanted and refills < algorithm.max_refills:
-        more = _answers(config, inputs, roles, order, clock, wanted - len(kept))
-        with clock.phase("score"):
-            kept = np.concatenate([kept, roles.prompts_with_signal(more.chunks)])
-        found.chunks += more.chunks
-        found.answers += more.answers
-        refills += 1
-    asked = found.answers // config.rollout.samples_per_prompt
-    if not len(kept):
-        raise TrainingError(
-            f"all answers to each of {asked} prompts are paid alike: nothing to learn from. Sample more answers a "
-            "prompt (rollout.samples_per_prompt) or give a reward that tells them apart"
-        )
-    found.kept, found.trained = kept, len(kept) * config.rollout.samples_per_prompt
-    found.metrics = {"rollout/prompts_dropped": float(asked - len(kept)), "rollout/refills": float(refills)}
-    return found
-
-
-def _answers(
-    config: PPOConfig, inputs: Inputs, roles: "Roles", order: SampleOrder, clock: PhaseClock, prompts: int
-) -> Rollouts:
-    samples = config.rollout.samples_per_prompt
-    with clock.phase("generate"):
-        first = order.position
-        chosen = order.take(prompts)
-        ids = Ragged.of([inputs.prompts[row].ids for row in chosen], np.int32)
-        chunks = roles.generate(ids, (first + np.arange(len(chosen), dtype=np.int64)) * samples)
-    with clock.phase("score"):
-        roles.wait_scored(chunks)
-    return Rollouts(chunks, len(chosen) * samples, len(chosen) * samples)
+    flow.end()
 
 
 def kl_controller(config: PPOConfig) -> FixedKL | AdaptiveKL | BudgetKL:

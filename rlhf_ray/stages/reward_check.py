@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rlhf_ray.actors.reward import imported
-from rlhf_ray.config.rewards import RewardSection, Weights
+from rlhf_ray.config.rewards import RewardSection
 from rlhf_ray.models import load
 from rlhf_ray.models.averaging import check_same_shapes
 
@@ -27,11 +27,11 @@ def check_reward(
         if source.function is not None:
             imported(source.function)
         for number, path in enumerate(source.members):
-            role = f"{place}.model" if source.model else f"{place}.models[{number}]"
+            role = f"{place}.model" if source.model else f"{place}.ensemble.models[{number}]"
             description = load.model_config(path, role, trust_remote_code)
             load.check_reward_model(description, path, role)
             other = load.tokenizer(path, role, trust_remote_code)
             load.check_vocabulary(other, description, path, role)
             load.check_same_tokenizer(tokenizer, other, model, path)
-        if isinstance(source.combine, Weights):
+        if source.ensemble is not None and not source.disagrees:
             check_same_shapes(source.members)

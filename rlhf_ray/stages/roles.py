@@ -12,23 +12,24 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray import interrupts
 from rlhf_ray.actors import rollout, weight_transfer
-from rlhf_ray.actors.learner import Learner, Update
+from rlhf_ray.actors.learner import Learner
 from rlhf_ray.actors.reference import Reference, form_of
 from rlhf_ray.actors.reward import Rewards
 from rlhf_ray.config.layout import groups, needs, workers
 from rlhf_ray.config.ppo import ROLES, PPOConfig
 from rlhf_ray.errors import PublicationError, TrainingError
 from rlhf_ray.records import Ragged
-from rlhf_ray.runtime.deadlines import arrivals, fetch, late
+from rlhf_ray.runtime.deadlines import fetch
 from rlhf_ray.runtime.environment import cache_folder, torch_environment
 from rlhf_ray.runtime.placement import Placement
-from rlhf_ray.runtime.pools import LeastLoaded, shares
 
 CANARY_BOUND = {"cpu": 1e-3, "gpu": 0.5}
 """Largest log-probability difference between learner and engine: fp32 differs by rounding, bf16 by 0.01 on average
 and by some tenths at worst; weights one update old differ by more."""
+
+STREAMS = 64
+"""Threads of an engine: calls that it serves at the same time; more of them wait."""
 
 
 @dataclass(frozen=True)
@@ -75,84 +76,44 @@ class Roles:
     ) -> None:
         self.placement.release()
 
-    def generate(self, prompts: Ragged, sample_ids: np.ndarray) -> list[Chunk]:
-        """Generates answers to all prompts; scoring of a chunk begins while others are still being generated."""
-        streams = [
-            engine.generate.options(num_returns="streaming").remote(
-                Ragged.of([prompts[row] for row in share], np.int32),
-                sample_ids[share],
-                self.config.seed,
-                self.config.learner.tokens_per_micro_batch,
-            )
-            for engine, share in zip(
-                self.engines,
-                shares(prompts.lengths + self.config.rollout.max_new_tokens, len(self.engines)),
-                strict=True,
-            )
-            if share
-        ]
-        references, scorers = LeastLoaded(len(self.references)), LeastLoaded(len(self.rewards))
-        return [
-            Chunk(
-                trajectories,
-                self.references[references.assign(1)].score.remote(trajectories) if self.references else None,
-                self.rewards[scorers.assign(1)].scores.remote(trajectories),
-            )
-            for trajectories in arrivals(streams, self.deadline_s, "rollout", "generating")
-        ]
+    def abort(self) -> None:
+        """Every engine gives up what it is generating."""
+        fetch([engine.abort.remote() for engine in self.engines], self.deadline_s, "rollout", "giving up answers")
 
-    def wait_scored(self, chunks: list[Chunk]) -> None:
-        """Until every chunk is scored, without fetching a column. Raises what an engine or a scorer raised."""
-        waiting = [ref for chunk in chunks for ref in chunk.columns]
-        waited = 0.0
-        while waiting:
-            interrupts.Interrupt.check()
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.5, fetch_local=False)
-            waited += 0.5
-            if waiting and waited > self.deadline_s:
-                raise late("reference and reward", "scoring", self.deadline_s)
+    def without_signal(self, chunk: Chunk) -> Any:
+        """Will be the numbers of the chunk's prompts whose answers are all paid alike."""
+        return self.ranks[0].without_signal.remote(chunk.trajectories, chunk.scores)
 
-    def prompts_with_signal(self, chunks: list[Chunk]) -> np.ndarray:
-        """Numbers of the prompts whose answers are not all paid alike."""
+    def learn(self, chunks: list[Chunk], coefficient: float, update: int, prompts: list[int]) -> list[Any]:
+        """Begins an update on all ranks, each of which will answer with an `Update`.
+
+        `coefficient` is the KL penalty's beta; `prompts` are the numbers of those in the chunks to train on.
+        """
         columns = [chunk.columns for chunk in chunks]
-        asked = self.ranks[0].prompts_with_signal.remote(columns)
-        return fetch(asked, self.deadline_s, "learner rank 0", "looking for prompts with signal")
+        numbers = np.array(prompts, np.int64)
+        return [rank.update.remote(columns, coefficient, update, numbers) for rank in self.ranks]
 
-    def learn(
-        self, chunks: list[Chunk], coefficient: float, update: int, answers: int, kept: np.ndarray | None = None
-    ) -> Update:
-        """One update on all ranks. `coefficient` is the KL penalty's beta; `answers` is how many there must be; `kept`
-        are the numbers of the prompts to train on, all where none are named."""
-        columns = [chunk.columns for chunk in chunks]
-        results = self._all_ranks("update", columns, coefficient, update, answers, kept, doing=f"update {update}")
-        return results[0]
+    def publish(self, version: int) -> list[Any]:
+        """Begins to send the learner's weights to all engines; the first answer has `bytes` and `seconds`."""
+        return [rank.publish.remote(version) for rank in self.ranks]
 
-    def publish(self, version: int) -> dict[str, float]:
-        """Sends the learner's weights to all engines and proves on a few tokens that they arrived."""
-        sent = self._all_ranks("publish", version, doing=f"publication of weights {version}")[0]
-        lengths = np.ones(len(self.canary), dtype=np.int32)
-        learner = self._all_ranks("logprobs", self.canary, lengths, doing="canary")[0]
-        engines = fetch(
-            [engine.logprobs.remote(self.canary, lengths) for engine in self.engines],
-            self.deadline_s,
-            "rollout",
-            "canary",
-        )
+    def ask_canary(self) -> list[Any]:
+        """Will be the log-probabilities of a few tokens, of every rank and then of every engine."""
+        return [actor.context_logprobs.remote(self.canary) for actor in [*self.ranks, *self.engines]]
+
+    def check_canary(self, answers: list[np.ndarray], version: int) -> float:
+        """Largest difference between learner and engines. Raises PublicationError when it is no rounding error."""
+        learner, engines = answers[0], answers[len(self.ranks) :]
         gaps = [float(np.abs(learner - engine).max()) for engine in engines]
-        bound = self.config.publication.canary_bound or CANARY_BOUND[self.config.device]
+        bound = CANARY_BOUND[self.config.device]
         if not max(gaps) <= bound:
             worst = int(np.argmax(gaps))
             raise PublicationError(
                 f"after publication of weights {version}, engine {worst} and the learner differ by {gaps[worst]:.3g} "
-                f"in the log-probability of a token; the bound is {bound:g} (publication.canary_bound). The engine "
-                "does not have the learner's weights, or computes otherwise"
+                f"in the log-probability of a token; the bound is {bound:g}. The engine does not have the learner's "
+                "weights, or computes otherwise"
             )
-        return {
-            "weights/version": float(version),
-            "weights/bytes": float(sent["bytes"]),
-            "weights/publish_s": float(sent["seconds"]),
-            "weights/canary_gap": max(gaps),
-        }
+        return max(gaps)
 
     def ask_stop(self) -> None:
         """Lets a running update end after its current optimiser step."""
@@ -192,12 +153,19 @@ class Roles:
                 bool(config.reward.members),
                 self.evidence,
                 env=torch_environment(self._learner_threads()),
-                concurrency_groups={"control": 1},
+                concurrency_groups={"control": 1, "signal": 1},
             )
             for rank in range(roles.learner.ranks)
         ]
         self.engines = [
-            place.start("rollout", number, rollout.RolloutEngine, settings, env=engine_environment)
+            place.start(
+                "rollout",
+                number,
+                rollout.RolloutEngine,
+                settings,
+                env=engine_environment,
+                max_concurrency=STREAMS,
+            )
             for number in range(roles.rollout.engines)
         ]
         self.references = [
@@ -224,7 +192,8 @@ class Roles:
 
         address = fetch(self.ranks[0].open_store.remote(), self.deadline_s, "learner rank 0", "starting")
         started = [rank.start.remote(address, self.optimizer_steps) for rank in self.ranks]
-        self._ready("rollout", self.engines)
+        ready = fetch([engine.ready.remote() for engine in self.engines], self.deadline_s, "rollout", "starting")
+        self.kv_tokens: list[int] = [engine["kv_tokens"] for engine in ready]
         self._ready("reward", self.rewards)
         self.reference_checksums = self._reference_checksums()
         self.parameters = fetch(started, self.deadline_s, "learner", "starting")[0]["parameters"]
@@ -242,13 +211,14 @@ class Roles:
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
             samples_per_prompt=config.rollout.samples_per_prompt,
-            top_k=config.ppo.kl.top_k or 0,
+            top_k=config.ppo.kl.estimator.top_k or 0,
             kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30 / tensor_parallel),
             dtype=config.dtype,
             tensor_parallel=tensor_parallel,
             transfer_backend=backend,
             eos_token_ids=self.eos_ids,
             trust_remote_code=config.trust_remote_code,
+            deadline_s=self.deadline_s,
         )
 
     def _neighbours(self) -> tuple[bool, bool]:

@@ -36,8 +36,12 @@ class RunFolder:
         """One object an update: `update`, `time` (Unix seconds) and the metrics."""
         self.samples = self.path / "samples.jsonl"
         """A few answers an update."""
+        self.history = self.path / "history.jsonl"
+        """What became of every sample, event by event."""
         self.summary = self.path / "summary.json"
         """The run's results; written as a whole or not at all."""
+        self.unfinished = self.path / "unfinished.json"
+        """The same of a run that did not end, as far as they were known; gone when the summary is there."""
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         """What the stage made, as a Hugging Face folder."""
@@ -52,6 +56,7 @@ class RunFolder:
                     self._refuse_results()
                 write_atomically(self.config, _masked(config))
                 self._samples = self.samples.open("a", encoding="utf-8")
+                self._history: TextIO | None = None
             except BaseException:
                 self._metrics.close()
                 raise
@@ -64,14 +69,27 @@ class RunFolder:
         for row in rows:
             self._append(self._samples, {"update": update, **row})
 
+    def log_event(self, event: Mapping[str, Any]) -> None:
+        """Appends to the history. The first event of a run begins it anew."""
+        if self._history is None:
+            with _writing(self.history):
+                self._history = self.history.open("w", encoding="utf-8")
+        self._append(self._history, event)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        with _writing(self.summary):
-            write_atomically(self.summary, json.dumps(redact_values(finite(summary)), indent=2) + "\n")
+        self._write(self.summary, summary)
+        self.unfinished.unlink(missing_ok=True)
+
+    def write_unfinished(self, results: Mapping[str, Any]) -> None:
+        """What the summary will say, as far as it is known: a failure later does not take it away."""
+        self._write(self.unfinished, results)
 
     def close(self) -> None:
         """Lets go of the folder. Safe to call twice."""
         self._metrics.close()
         self._samples.close()
+        if self._history:
+            self._history.close()
 
     def _make(self) -> None:
         try:
@@ -88,13 +106,17 @@ class RunFolder:
         return self.config.exists() and self.config.read_text() == _masked(config) and not self.summary.exists()
 
     def _refuse_results(self) -> None:
-        results = (self.metrics, self.samples, self.summary, self.checkpoints, self.model)
+        results = (self.metrics, self.samples, self.summary, self.unfinished, self.checkpoints, self.model)
         found = [path.name for path in results if _holds_something(path)]
         if found:
             raise ConfigError(
                 f"{self.path} already holds a run ({', '.join(found)}); choose another name with name=..., "
                 f"or remove that folder"
             )
+
+    def _write(self, path: Path, results: Mapping[str, Any]) -> None:
+        with _writing(path):
+            write_atomically(path, json.dumps(redact_values(finite(results)), indent=2) + "\n")
 
     def _append(self, file: TextIO, row: Mapping[str, Any]) -> None:
         with _writing(Path(file.name)):

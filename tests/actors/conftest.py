@@ -71,10 +71,11 @@ def engines(ray_cluster: None, rollout_models: dict[str, Path], request: pytest.
         transfer_backend="shm",
         eos_token_ids=(EOS,),
         trust_remote_code=False,
+        deadline_s=2.0,
     )
     tied = replace(settings, model=str(rollout_models["tied"]), temperature=1.0, top_k=0, transfer_backend="gloo")
     variables = environment("cpu", request.config.cache.mkdir("vllm"))  # type: ignore[union-attr]
-    kind = ray.remote(RolloutEngine).options(num_cpus=1, runtime_env={"env_vars": variables})
+    kind = ray.remote(RolloutEngine).options(num_cpus=1, max_concurrency=4, runtime_env={"env_vars": variables})
     handles = [kind.remote(settings), kind.remote(tied), kind.remote(tied)]
     ray.get([handle.ready.remote() for handle in handles], timeout=180)
     yield handles

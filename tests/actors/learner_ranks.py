@@ -29,10 +29,11 @@ class Host:
 
         self.learner = Learner(config, rank, critic_is_reward_model=False, evidence=evidence)
         self.learner.load(config.ppo.epochs * config.ppo.minibatches)
-        return self.learner.update(chunks, BETA, 0, ANSWERS, kept)
+        everything = np.arange(ANSWERS) // config.rollout.samples_per_prompt
+        return self.learner.update(chunks, BETA, 0, np.unique(everything) if kept is None else kept)
 
-    def prompts_with_signal(self, chunks: list[Any]) -> np.ndarray:
-        return self.learner.prompts_with_signal(chunks)
+    def without_signal(self, trajectories: Any, scores: np.ndarray) -> list[int]:
+        return self.learner.without_signal(trajectories, scores)
 
     def weights(self) -> dict[str, np.ndarray]:
         from rlhf_ray.models.lora import merged

@@ -61,7 +61,7 @@ def test_the_price_of_length_grows_over_the_last_tokens_before_the_limit() -> No
     answers = [(0, [5, 5]), (0, [5, 5, 5]), (1, [5] * 6), (1, [5])]
     some = batch([1.0, 1.0, 1.0, 1.0], answers, [0.0] * 12)
     chosen = config(samples=2, longest=6, algorithm={"name": "dapo", "overlong_buffer": 4})
-    assert final_scores(some, chosen).tolist() == [1.0, 0.75, 0.0, 1.0]
+    assert final_scores(some.trajectories, some.scores, chosen).tolist() == [1.0, 0.75, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_penalty_in_the_reward_counts_in_a_groups_returns_and_one_in_the_loss_
     some, says = batch([3.0, 1.0, 2.0, 2.0], FOUR, [-1.5, -1.5, -1, -1, -1, -1]), policy([-1.0] * 6)
     rewarded = build(some, says, None, config(samples=2, algorithm="dr_grpo"), 1.0)
     assert rewarded.advantages.tolist() == pytest.approx([0.5, 0.5, -0.5, 0, 0, 0])
-    in_loss = {"estimator": "k2", "placement": "loss"}
+    in_loss = {"estimator": {"name": "k2", "placement": "loss"}}
     lost = build(some, says, None, config(samples=2, algorithm="dr_grpo", kl=in_loss), 1.0)
     assert lost.advantages.tolist() == pytest.approx([1, 1, -1, 0, 0, 0])
 
@@ -146,7 +146,7 @@ def test_tokens_far_from_what_the_engine_said_are_masked_when_asked() -> None:
 
 def test_details_of_a_score_keep_to_their_answers_and_are_means_by_their_names() -> None:
     told = config()
-    parts = {"a": {"models": ["m", "n"]}, "b": {"function": "f:g"}}
+    parts = {"a": {"ensemble": {"models": ["m", "n"]}}, "b": {"function": "f:g"}}
     told = PPOConfig.model_validate(told.model_dump() | {"reward": {"parts": parts}})
     chunk = trajectories([[1], [2]], TWO)
     table = np.array([[3.0, 1.0, 2.0, 0.5], [30.0, 10.0, 20.0, 1.5]], np.float32)
@@ -179,10 +179,18 @@ def test_a_chunk_with_a_column_of_the_wrong_length_is_refused() -> None:
         Batch.gather([(chunk, sampled([0.0, 0.0]), np.zeros(2, np.float32))])
 
 
+def test_an_update_takes_the_answers_to_its_prompts_and_leaves_the_others_of_their_chunks() -> None:
+    answers = [(0, [2]), (0, [3, 4]), (1, [5]), (1, [6]), (2, [7, 8]), (2, [9])]
+    some = batch([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], answers, [0.0] * 8)
+    mine = some.of_prompts(np.array([2, 0]), 2)
+    assert mine.scores.tolist() == [1.0, 2.0, 5.0, 6.0]
+    assert mine.trajectories.responses.values.tolist() == [2, 3, 4, 7, 8, 9]
+
+
 def test_a_lost_answer_and_one_that_came_twice_are_noticed() -> None:
     some = batch([1.0, 2.0], TWO, [0.0, 0.0, 0.0])
-    some.check_complete(2)
+    assert len(some.of_prompts(np.array([0, 1]), 1)) == 2
     with pytest.raises(TrainingError, match="3 answers were asked for; 2 arrived, 2 of them distinct"):
-        some.check_complete(3)
+        some.of_prompts(np.array([0, 1, 2]), 1)
     with pytest.raises(TrainingError, match="2 answers were asked for; 2 arrived, 1 of them distinct"):
-        some.take(np.array([1, 1])).check_complete(2)
+        some.take(np.array([1, 1])).of_prompts(np.array([0, 1]), 1)

@@ -67,8 +67,14 @@ class Plain:
 
 FORMS: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": {"name": "ppo", "clip_ratio": CLIP, "whiten_rewards": True}},
-    "grpo": {"algorithm": {"name": "grpo", "clip_ratio": CLIP}, "kl": {"estimator": "k2", "placement": "loss"}},
-    "gspo": {"algorithm": {"name": "gspo", "clip_ratio": CLIP / 5}, "kl": {"estimator": "k3", "placement": "loss"}},
+    "grpo": {
+        "algorithm": {"name": "grpo", "clip_ratio": CLIP},
+        "kl": {"estimator": {"name": "k2", "placement": "loss"}},
+    },
+    "gspo": {
+        "algorithm": {"name": "gspo", "clip_ratio": CLIP / 5},
+        "kl": {"estimator": {"name": "k3", "placement": "loss"}},
+    },
     "dr_grpo": {"algorithm": {"name": "dr_grpo", "clip_ratio": CLIP, "dual_clip": 1.02}},
     "rloo": {"algorithm": {"name": "rloo", "clip_ratio": CLIP}},
     "reinforce_pp": {"algorithm": {"name": "reinforce_pp", "clip_ratio": CLIP, "gamma": 0.9}},
@@ -105,8 +111,8 @@ def by_loops(
     paid = [
         -1.0 if finish == Finish.LENGTH else s for finish, s in zip(trajectories.finish, scores.tolist(), strict=True)
     ]
-    kl = [estimate(ppo.kl.estimator, p, r) for p, r in zip(old, reference, strict=True)]
-    beta = BETA if ppo.kl.placement == "reward" else 0.0
+    kl = [estimate(ppo.kl.estimator.name, p, r) for p, r in zip(old, reference, strict=True)]
+    beta = BETA if ppo.kl.estimator.placement == "reward" else 0.0
     rewards = oracle.token_rewards(kl, paid, offsets, beta)
     advantages, returns = advantages_of(algorithm, rewards, values, offsets)
     corrected = [oracle.truncate(w, CAP) for w in oracle.log_weights(old, sampler, offsets, "token")]
@@ -132,9 +138,9 @@ def by_loops(
         slopes = torch.tensor([slope for *_, slope in tokens], dtype=torch.float64)
         surrogate = slopes * differentiable_log_ratio(logprobs, algorithm.ratio, offsets)
         per_token = surrogate - ppo.entropy_bonus * entropies
-        if ppo.kl.placement == "loss":
+        if ppo.kl.estimator.placement == "loss":
             x = logprobs - torch.tensor(reference, dtype=torch.float64)
-            penalty = x.square() / 2 if ppo.kl.estimator == "k2" else (-x).exp() - 1 + x
+            penalty = x.square() / 2 if ppo.kl.estimator.name == "k2" else (-x).exp() - 1 + x
             note(tallies, "loss/kl_avg", penalty.tolist())
             per_token = per_token + BETA * penalty
         total = sum(
@@ -174,7 +180,6 @@ def by_loops(
         "correction/clipped_share": sum(cut for _, cut in corrected) / len(corrected),
         "correction/effective_sample_share": oracle.effective_sample_share(weights),
         "tokens/prompt": 14.0,
-        "tokens/generated": 46.0,
         "tokens/trained": 46.0,
         "tokens/response_length": 46 / 7,
     }

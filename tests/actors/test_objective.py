@@ -68,10 +68,10 @@ def test_one_ratio_an_answer_is_the_geometric_mean_of_its_tokens() -> None:
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ({"estimator": "k2", "placement": "loss"}, [0.5 * 0.5**2 / 2] * 3),
-        ({"estimator": "full", "placement": "loss"}, [0.5 * 0.3, 0.5 * 0.2, 0.5 * 0.1]),
-        ({"estimator": "full", "placement": "both"}, [0.5 * 0.3, 0.5 * 0.2, 0.5 * 0.1]),
-        ({"estimator": "k1", "placement": "reward"}, [0.0] * 3),
+        ({"estimator": {"name": "k2", "placement": "loss"}}, [0.5 * 0.5**2 / 2] * 3),
+        ({"estimator": {"name": "full", "placement": "loss"}}, [0.5 * 0.3, 0.5 * 0.2, 0.5 * 0.1]),
+        ({"estimator": {"name": "full", "placement": "both"}}, [0.5 * 0.3, 0.5 * 0.2, 0.5 * 0.1]),
+        ({"estimator": "k1"}, [0.0] * 3),
     ],
 )
 def test_the_kl_is_added_where_it_is_a_loss(form: dict[str, str], expected: list[float]) -> None:
@@ -107,7 +107,7 @@ def test_a_vocabulary_kl_is_computed_from_the_rows_asked_for() -> None:
     second = Rows(some, np.array([1]))
     device = torch.device("cpu")
     assert reference_rows(second, config(), None, device) is None
-    top = reference_rows(second, config(kl={"estimator": "full", "top_k": 2}), None, device)
+    top = reference_rows(second, config(kl={"estimator": {"name": "full", "top_k": 2}}), None, device)
     assert isinstance(top, TopKReference)
     assert (top.ids.tolist(), top.logprobs.tolist()) == ([[4, 5]], [[4.0, 5.0]])
     full = reference_rows(second, config(kl={"estimator": "full"}), lambda hidden: hidden, device)

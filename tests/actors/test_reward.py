@@ -157,7 +157,7 @@ def test_rewards_add_up_by_their_weights_and_their_own_scores_and_disagreement_t
     policy: str, members: list[str]
 ) -> None:
     parts = {
-        "good": {"models": members, "combine": {"name": "uncertainty", "coefficient": 0.5}, "weight": 2},
+        "good": {"ensemble": {"models": members, "combine": {"name": "uncertainty", "coefficient": 0.5}}, "weight": 2},
         "brief": {"function": f"{__name__}:letters", "weight": -0.25},
         "plain": {"model": members[0], "weight": 0},
     }
@@ -174,7 +174,7 @@ def test_rewards_add_up_by_their_weights_and_their_own_scores_and_disagreement_t
 def test_an_ensemble_alone_is_one_score_and_its_disagreement_unless_its_weights_were_averaged(
     policy: str, members: list[str], combine: str, width: int
 ) -> None:
-    table = rewards(policy, models=members, combine=combine).scores(ANSWERS)
+    table = rewards(policy, ensemble={"models": members, "combine": combine}).scores(ANSWERS)
     assert table.shape == (3, width)
     first, second = (RewardModel(path, 64, "cpu", False).scores(ANSWERS) for path in members)
     if combine != "weights":

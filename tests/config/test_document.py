@@ -18,7 +18,9 @@ def test_every_key_of_every_stage_is_on_the_page_once() -> None:
 
 def test_every_choice_is_explained_with_its_keys_and_defaults() -> None:
     page = document().split("## `rlhf-ray ppo`\n")[1]
-    assert "| `reinforce_pp` | `clip_ratio: [0.2, 0.2]`, `dual_clip: null`, `aggregation: token_mean`," in page
+    assert "| `reinforce_pp` | REINFORCE++ (Hu 2025): rewards to go, whitened over the whole batch. |" in page
+    assert "| `dapo` | `clip_ratio` | number or pair of numbers | `[0.2, 0.28]` |" in page
+    assert "| all | `dual_clip` | number > 1 or null | `null` |" in page
     for options in choices(PPOConfig).values():
         for option in options:
             assert " ".join((option.__doc__ or "").split()) in page
@@ -32,7 +34,9 @@ def test_a_sections_own_default_is_shown_and_not_its_fields() -> None:
 def test_types_bounds_and_defaults_read_as_yaml_does() -> None:
     page = document()
     assert "| `checkpoint.every` | integer > 0 or null | `null` |" in page
-    assert "| `ppo.algorithm.gamma` | number ≥ 0, ≤ 1 | `1.0` |" in page
-    assert "| `ppo.algorithm.whiten_rewards` | true or false | `false` |" in page
-    assert "| `ppo.algorithm.clip_ratio` | number or pair of numbers | `[0.2, 0.2]` |" in page
+    assert "| `ppo`, `reinforce_pp` | `gamma` | number ≥ 0, ≤ 1 | `1.0` |" in page
+    assert "| `ppo` | `whiten_rewards` | true or false | `false` |" in page
+    assert "| `ppo.kl.controller` | one of `fixed`, `adaptive`, `budget` | `fixed` |" in page
+    assert "| `judge` | one of `local`, `endpoint` | required |" in page
+    assert "| `learner.lora` | section or null | `null` |" in page
     assert "| `data.path` | text | required |" in page

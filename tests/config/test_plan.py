@@ -113,8 +113,8 @@ def test_each_zero_stage_divides_one_more_thing_by_the_four_ranks(
 
 def test_every_member_of_every_reward_is_counted_and_averaged_ones_are_one(tiny: str) -> None:
     parts = {
-        "good": {"models": [tiny, tiny]},
-        "warm": {"models": [tiny, tiny, tiny], "combine": "weights"},
+        "good": {"ensemble": {"models": [tiny, tiny]}},
+        "warm": {"ensemble": {"models": [tiny, tiny, tiny], "combine": "weights"}},
         "plain": {"model": tiny},
         "brief": {"function": "a:b"},
     }
@@ -127,7 +127,7 @@ def test_every_member_of_every_reward_is_counted_and_averaged_ones_are_one(tiny:
 
 
 def test_offload_takes_the_optimizer_off_the_gpu(tiny: str) -> None:
-    config = on_gpus(tiny, learner={"zero": {"stage": 3, "offload_optimizer": True}})
+    config = on_gpus(tiny, learner={"zero": {"stage": 3, "offload": "optimizer"}})
     learner = next(bundles for bundles in plan(config).bundles if bundles.roles == ("learner",))
     assert learner.bytes_per_device == 2 * (TINY // 2) + 2 * (TINY_BODY // 2)
     assert " on host" in render(plan(config))

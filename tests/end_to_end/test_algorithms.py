@@ -37,9 +37,10 @@ def dapo(project: Project, rewards: None) -> Ran:
     return project.run(
         "name=dapo",
         "ppo.algorithm={name: dapo, max_refills: 3, overlong_buffer: 0}",
-        "ppo.kl={estimator: full, top_k: 4, placement: loss}",
+        "ppo.kl.estimator={name: full, top_k: 4, placement: loss}",
         "ppo.missing_eos_penalty=null",
-        "reward={parts: {parity: {function: 'parity:parity'}, watched: {models: [reward, other], weight: 0}}}",
+        "reward={parts: {parity: {function: 'parity:parity'}}}",
+        "reward.parts.watched={ensemble: {models: [reward, other]}, weight: 0}",
         within_s=180,
     )
 
@@ -86,7 +87,7 @@ def adapted(project: Project) -> Ran:
     return project.run(
         "name=adapted",
         "ppo.algorithm=grpo",
-        "ppo.kl={estimator: full, placement: both}",
+        "ppo.kl.estimator={name: full, placement: both}",
         "learner.lora={rank: 4, share_reference: true}",
         within_s=180,
     )

@@ -52,6 +52,20 @@ def test_walks_follow_edges_and_end_at_the_goal_or_at_their_longest(seed: int) -
         assert all(edges[a, b] for a, b in zip([start, *nodes], nodes, strict=False))
 
 
+@given(some.integers(0, 20))
+def test_a_walk_of_full_skill_is_a_shortest_one(seed: int) -> None:
+    edges = random_graph(8, 0.3, seed)
+    for start in range(1, 8):
+        assert optimality(edges, start, walk(edges, start, 8, np.random.default_rng(seed), skill=1.0)) == 1
+
+
+def test_skill_is_the_share_of_steps_that_are_taken_towards_the_goal_and_not_to_any_neighbour() -> None:
+    random = np.random.default_rng(0)
+    for skill, expected in ((0.0, 1 / 2), (0.4, 0.4 + 0.6 / 2)):  # from 3, node 1 is nearer to the goal than node 2
+        first = [walk(DETOUR, 3, 1, random, skill)[0] for _ in range(4000)]
+        assert abs(first.count(1) / 4000 - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+
+
 def test_graphs_depend_on_the_seed_alone_and_one_that_cannot_be_is_refused() -> None:
     assert np.array_equal(random_graph(10, 0.3, 1), random_graph(10, 0.3, 1))
     assert not np.array_equal(random_graph(10, 0.3, 1), random_graph(10, 0.3, 2))

@@ -81,7 +81,7 @@ def test_every_stage_is_clipped_adamw_on_one_rank(tied_policy: str) -> None:
 
 @pytest.mark.real
 def test_parameters_and_optimizer_in_host_memory_train_alike(policy: str) -> None:
-    offloaded = ZeroConfig(stage=3, offload_parameters=True, offload_optimizer=True)
+    offloaded = ZeroConfig(stage=3, offload="all")
     (found,) = on_ranks(1, trained_with, policy, offloaded)
     check(found, plainly_trained(policy), 1e-3)
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError, ResourceError
 from rlhf_ray.runtime import submit as submitting
-from rlhf_ray.runtime.submit import check_answers, submit
+from rlhf_ray.runtime.submit import check_answers, machines, submit
 
 # Stands for the real command on the head node's PATH, so that these tests are about jobs and not about training.
 STAND_IN = """#!/bin/sh
@@ -148,6 +148,20 @@ def test_a_job_that_somebody_stops_may_save_first_and_gives_a_code_that_is_not_z
     said = capsys.readouterr().out.splitlines()
     assert "saved" in said  # five seconds after the signal: Ray's own grace is three
     assert "STOPPED" in said[-1]
+
+
+@pytest.mark.real
+def test_a_clusters_machines_are_known_without_being_part_of_it(cluster: str) -> None:
+    assert [machine["CPU"] for machine in machines(cluster)] == [1.0]
+
+
+@pytest.mark.real
+def test_every_line_of_a_job_says_whose_it_is(cluster: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["rlhf-ray", "ppo", "configs/ppo/my run.yaml"]
+    assert submitting.submit_command(command, cluster, project, "ppo: ") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "ppo: name: from-the-upload" in said
+    assert all(line.startswith("ppo: ") for line in said)
 
 
 def test_a_configuration_that_would_not_be_uploaded_is_refused(project: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_ray.config.evaluation import EvaluateConfig
 from rlhf_ray.data.templates import answer_ids, prompt_ids
-from rlhf_ray.errors import DataError, ModelError, RewardError
+from rlhf_ray.errors import ConfigError, DataError, ModelError, RewardError
 from rlhf_ray.models import load
 from rlhf_ray.stages import evaluate
 
@@ -109,8 +109,8 @@ def found(files: Path, policy: str, reward_model: str, ray_session: None) -> dic
     return evaluate.run(config_of(files, policy, reward_model, "whole", before=str(earlier)))
 
 
-def read(files: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (files / "runs/whole" / name).read_text().splitlines()]
+def read(files: Path, name: str, run: str = "whole") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (files / "runs" / run / name).read_text().splitlines()]
 
 
 @torch.no_grad()
@@ -182,6 +182,40 @@ def test_every_pair_of_answers_is_fought_in_both_orders(found: dict[str, Any]) -
     duel = found["duel"]["plain"]
     assert duel["wins"] + duel["ties"] + duel["losses"] == len(PROMPTS) - duel["failed"]
     assert duel["failed"] == 0
+
+
+@pytest.mark.real
+def test_what_was_judged_in_a_duel_can_be_looked_up(found: dict[str, Any], files: Path) -> None:
+    rows, answers = read(files, "duel-plain.jsonl"), read(files, "answers-plain.jsonl")
+    assert [row["responses"][0]["text"] for row in rows] == [row["response"] for row in answers]
+    both = [[question["p"] for question in row["pairs"][0]["questions"]] for row in rows if row["pairs"]]
+    assert sum(min(p) > 0.5 for p in both) == found["duel"]["plain"]["wins"]
+    assert sum(max(p) < 0.5 for p in both) == found["duel"]["plain"]["losses"]
+
+
+@pytest.mark.real
+def test_a_late_failure_leaves_what_was_measured_before_it(
+    files: Path, policy: str, reward_model: str, ray_session: None
+) -> None:
+    answers = {
+        name: {"path": str(files / "prompts.jsonl"), "rewards": {name: {"function": f"tests.stages.measures:{name}"}}}
+        for name in ("length", "broken")
+    }
+    alone = {"reference": None, "reward": None, "pairs": None, "duel": None}
+    config = config_of(files, policy, reward_model, "late", answers=answers, **alone)
+    with pytest.raises(RewardError, match="no measure"):
+        evaluate.run(config)
+
+    folder = files / "runs/late"
+    assert not (folder / "summary.json").exists()
+    kept = json.loads((folder / "unfinished.json").read_text())
+    assert {"sum", "pmi", "letters"} < set(kept["choices"]["rules"]) < set(read(files, "items.jsonl", "late")[0])
+    assert kept["answers"]["broken"]["responses"] == len(PROMPTS)
+    assert [row["prompt"] for row in read(files, "answers-broken.jsonl", "late")] == PROMPTS
+    lengths = [row["length"] for row in read(files, "answers-length.jsonl", "late")]
+    assert kept["answers"]["length"]["rewards"]["length"]["mean"] == pytest.approx(np.mean(lengths))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        evaluate.run(config)
 
 
 @pytest.mark.real

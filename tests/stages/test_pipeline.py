@@ -1,17 +1,25 @@
 """Which stages run and which results are kept. The stages here only write a file; real ones have tests of their own."""
 
 import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Barrier, Event, Lock, main_thread
 from typing import Any
 
 import pytest
 import yaml
 
 from rlhf_ray.config.evaluation import EvaluateConfig
+from rlhf_ray.config.load import load
 from rlhf_ray.config.pipeline import load_pipeline
-from rlhf_ray.errors import ConfigError, TrainingError
+from rlhf_ray.config.stages import config_of
+from rlhf_ray.errors import ConfigError, ResourceError, StopRequested, TrainingError
 from rlhf_ray.runtime.digests import Digests
-from rlhf_ray.stages import pipeline
+from rlhf_ray.stages import jobs, pipeline
 
 
 class Stages:
@@ -135,6 +143,119 @@ def test_a_failed_stage_ends_the_run_and_the_next_one_begins_there(
     stages.fails = None
     go(file)
     assert stages.ran == ["sft", "reward", "reward", "dpo"]
+
+
+@dataclass
+class Jobs:
+    """A cluster whose jobs run the stages above; what a job does first is `at[stage]`."""
+
+    stages: Stages
+    cpus: int = 8
+    at: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    running: int = 0
+    most: int = 0
+    """Jobs that ran at the same time."""
+    lock: Lock = field(default_factory=Lock)
+
+    def machines(self, address: str) -> list[dict[str, float]]:
+        return [{"CPU": float(self.cpus)}]
+
+    def submit_command(self, command: list[str], address: str, working_dir: Path, who: str) -> int:
+        _, stage, file = command
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            self.at.get(who.removesuffix(": "), lambda: None)()
+            self.stages.runner_of(stage)(load(config_of(stage), file), None)
+        except TrainingError:
+            return 1
+        finally:
+            with self.lock:
+                self.running -= 1
+        return 0
+
+
+@pytest.fixture
+def cluster(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    found = Jobs(stages)
+    monkeypatch.setattr(jobs, "machines", found.machines)
+    monkeypatch.setattr(jobs, "submit_command", found.submit_command)
+    return found
+
+
+def submitted(file: Path, *overrides: str) -> dict[str, Any]:
+    return pipeline.run(*load_pipeline(file, list(overrides)), "http://head:8265")
+
+
+def test_jobs_that_do_not_depend_on_each_other_run_at_the_same_time(file: Path, cluster: Jobs) -> None:
+    both = Barrier(2, timeout=20)
+    cluster.at = {"reward": both.wait, "dpo": both.wait}
+    assert {stage["state"] for stage in submitted(file).values()} == {"done"}
+    assert cluster.stages.ran[0] == "sft"
+    assert cluster.most == 2
+
+
+def test_jobs_that_the_cluster_cannot_hold_together_follow_each_other(file: Path, cluster: Jobs) -> None:
+    cluster.cpus = 3
+    workers = ["stages.reward.workers.cpus=2", "stages.dpo.workers.cpus=2"]
+    cluster.at = {"reward": lambda: time.sleep(0.2)}
+    submitted(file, *workers)
+    assert cluster.stages.ran == ["sft", "reward", "dpo"]
+    assert cluster.most == 1
+
+
+def test_a_failed_job_lets_those_end_that_run_and_no_other_begins(
+    file: Path, cluster: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(file.read_text())
+    tree["stages"]["more"] = {**tree["stages"]["sft"], "stage": "sft", "model": "${dpo.model}"}
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    cluster.stages.fails = "reward"
+    cluster.at = {"dpo": lambda: time.sleep(0.5)}
+    with pytest.raises(TrainingError, match="the job of stage 'reward' failed"):
+        submitted(file)
+    assert cluster.stages.ran == ["sft", "reward", "dpo"]
+    tree_at_the_end = capsys.readouterr().err.rpartition("✗ reward  failed")[2]
+    assert "✓ dpo  done" in tree_at_the_end
+    assert "· more  waiting" in tree_at_the_end
+
+
+def test_several_failed_jobs_are_all_named(file: Path, cluster: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    both = Barrier(2, timeout=20)
+
+    def lost() -> None:
+        both.wait()
+        raise ResourceError("lost the Ray cluster")
+
+    cluster.at = {"reward": lost, "dpo": lost}
+    with pytest.raises(ResourceError, match=r"stage '(reward|dpo)': lost the Ray cluster"):
+        submitted(file)
+    assert re.search("stage '(reward|dpo)' failed as well: .*lost the Ray cluster", capsys.readouterr().err)
+
+
+def test_who_stops_following_is_told_which_jobs_run_on(file: Path, cluster: Jobs) -> None:
+    asked = Event()
+
+    def stop() -> None:
+        signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        asked.wait(20)
+
+    cluster.at = {"sft": stop}
+    with pytest.raises(StopRequested, match="interrupted in sft; jobs run on"):
+        submitted(file)
+    asked.set()
+
+
+def test_an_evaluation_shows_what_it_measured() -> None:
+    rewards = {"gold": {"mean": 0.5, "se": 0.1}, "proxy": {"mean": 1.0, "se": 0.1}}
+    answers = {"own": {"responses": 8, "rewards": rewards}, "others": {"responses": 8, "rewards": rewards}}
+    assert pipeline._numbers({"policy": "p", "answers": answers}) == {
+        "own/gold": 0.5,
+        "own/proxy": 1.0,
+        "others/gold": 0.5,
+    }
+    assert pipeline._numbers({"model": "m", "loss": 0.5, "seconds": 3.0}) == {"loss": 0.5}
 
 
 def test_a_stage_that_is_not_there_is_named_with_those_that_are(file: Path) -> None:

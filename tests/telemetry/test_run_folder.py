@@ -68,7 +68,9 @@ def test_a_second_run_of_the_same_name_is_refused_while_the_first_is_alive(confi
     RunFolder(config_of())
 
 
-@pytest.mark.parametrize("result", ["metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints/x", "model/x"])
+@pytest.mark.parametrize(
+    "result", ["metrics.jsonl", "samples.jsonl", "summary.json", "unfinished.json", "checkpoints/x", "model/x"]
+)
 def test_a_folder_with_results_is_refused(config_of: Any, result: str) -> None:
     first = RunFolder(config_of())
     first.close()
@@ -135,6 +137,16 @@ def test_a_summary_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypa
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unfinished_results_stand_until_the_summary_does(config_of: Any) -> None:
+    folder = RunFolder(config_of())
+    folder.write_unfinished({"first": 1.0})
+    folder.write_unfinished({"first": 1.0, "second": float("nan")})
+    assert json.loads(folder.unfinished.read_text()) == {"first": 1.0, "second": None}
+    folder.write_summary({"first": 1.0, "second": 2.0})
+    assert json.loads(folder.summary.read_text()) == {"first": 1.0, "second": 2.0}
+    assert not folder.unfinished.exists()
 
 
 def test_a_secret_in_the_configuration_is_masked_in_the_folder(config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
