@@ -18,6 +18,7 @@ import numpy as np
 import ray
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from rlhf_ray.actors import evidence, invariants, objective
@@ -33,12 +34,14 @@ from rlhf_ray.algorithms.logprobs import TokenStatistics
 from rlhf_ray.config.ppo import PPO, PPOConfig
 from rlhf_ray.data.packing import balanced, micro_batches
 from rlhf_ray.errors import TrainingError
-from rlhf_ray.models import load, lora, zero
+from rlhf_ray.models import load, lora, zero, zero_state
 from rlhf_ray.models.device import collective_backend, torch_device
 from rlhf_ray.models.heads import TokenLogprobs, Values
 from rlhf_ray.models.packed import Packed
 from rlhf_ray.records import Ragged, ReferenceColumns, Trajectories, token_places
 
+POLICY, LEARNER = "policy", "learner"
+"""Folders of a checkpoint."""
 SAMPLES = 4
 """Answers that an update shows."""
 
@@ -248,11 +251,32 @@ class Learner:
         distributed.broadcast_object_list(said, src=0, device=self.device)
         return said[0]
 
-    def save(self, folder: str) -> None:
-        """Writes the policy, adapters added, as a Hugging Face folder. A collective; rank 0 writes."""
+    def save(self, folder: str) -> dict[str, Any]:
+        """Writes the policy, adapters added, as a Hugging Face folder, and beside it what training goes on from.
+
+        Returns what `restore` wants to be told. A collective; rank 0 writes."""
         weights = self._whole(self.policy, self.policy.module.model)
+        states = {name: zero_state.optimizer_state(engine) for name, engine in self._engines.items()}
         if self.rank == 0:
-            self._write_policy(Path(folder), weights)
+            self._write_policy(Path(folder) / POLICY, weights)
+            (Path(folder) / LEARNER).mkdir()
+            for name, (tensors, _) in states.items():
+                save_file(tensors, Path(folder) / LEARNER / f"{name}.safetensors")
+        return {name: counted for name, (_, counted) in states.items()}
+
+    def restore(self, folder: str, counted: dict[str, Any]) -> None:
+        """Goes on from what `save` left in `folder` and returned. A collective, on any number of ranks."""
+        for name, engine in self._engines.items():
+            tensors = load_file(Path(folder) / LEARNER / f"{name}.safetensors")
+            zero_state.restore_optimizer(engine, tensors, counted[name], self._touch)
+
+    @property
+    def _engines(self) -> dict[str, Any]:
+        return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
+
+    def _touch(self, engine: Any) -> Tensor:
+        found = engine(Packed.of([np.array([0, 1])], [1], self.device))
+        return (found.logprobs if isinstance(found, TokenStatistics) else found).sum()
 
     def _write_policy(self, folder: Path, weights: dict[str, Tensor]) -> None:
         tokens = load.tokenizer(self.config.policy, "policy", self.config.trust_remote_code)

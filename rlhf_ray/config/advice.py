@@ -37,6 +37,11 @@ def _ppo_advice(config: PPOConfig) -> list[str]:
             "ppo.correction is none: tokens train as if the learner had sampled them, whatever the engine's precision "
             "and age; rollout/logprob_gap_mean says how far apart the two are"
         )
+    if config.ppo.max_staleness and any({"rollout", "learner"} <= set(group) for group in config.roles.shared):
+        found.append(
+            "ppo.max_staleness lets generation and training overlap, but rollout and learner share their GPUs: each "
+            "slows the other down; give them machines of their own, or set it to 0"
+        )
     if config.ppo.on_breach == "warn":
         found.append("ppo.on_breach is warn: an update that breaks an invariant only says so")
     return found

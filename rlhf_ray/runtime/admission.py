@@ -12,7 +12,9 @@ is the synchronous algorithm.
 """
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_ray.runtime.ledger import Group
 
@@ -80,6 +82,20 @@ class Admission:
             self.refills.append(group.refill + 1)
         else:
             self.empty[group.deadline] += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides the groups under way."""
+        empty = {str(deadline): count for deadline, count in self.empty.items() if count}
+        return {"number": self.number, "places": self.places, "refills": list(self.refills), "empty": empty}
+
+    def restore(self, state: dict[str, Any], under_way: Iterable[tuple[int, int]], version: int) -> list[Group]:
+        """Goes on from `state` with groups (number, refill), which will be sampled by `version` at the earliest."""
+        self.number, self.places, self.refills = state["number"], state["places"], deque(state["refills"])
+        self.empty = Counter({int(deadline): count for deadline, count in state["empty"].items()})
+        self.due = Counter(self.empty)
+        groups = [Group(number, self.terms.deadline(version), refill) for number, refill in under_way]
+        self.due.update(group.deadline for group in groups)
+        return groups
 
     def take(self, update: int) -> list[int] | None:
         """Numbers of the groups that `update` trains, ascending; none while it has to wait."""

@@ -92,6 +92,17 @@ def audit(history: Iterable[Mapping[str, Any]]) -> Verdict:
     return auditor.finish()
 
 
+@dataclass(frozen=True)
+class Over:
+    """How a group ended."""
+
+    how: str
+    update: int | None = None
+    """That trained it; none: it was dropped."""
+    age: int = 0
+    cause: str = ""
+
+
 class _Auditor:
     def __init__(self) -> None:
         self.verdict = Verdict()
@@ -101,7 +112,7 @@ class _Auditor:
         self.sent: dict[int, tuple[str, int, int]] = {}
         """Group -> engine, its incarnation, and the version published when it was sent."""
         self.oldest: dict[int, int] = {}
-        self.over: dict[int, str] = {}
+        self.over: dict[int, Over] = {}
         self.serving: dict[str, int] = {}
         """Engine -> the incarnation that serves."""
         self.published = -1
@@ -125,6 +136,12 @@ class _Auditor:
     def finish(self) -> Verdict:
         verdict = self.verdict
         verdict.under_way = len(self.at)
+        verdict.admitted = len(self.at) + len(self.over)
+        ended = list(self.over.values())
+        verdict.trained = sum(over.update is not None for over in ended)
+        verdict.staleness.update(over.age for over in ended if over.update is not None)
+        verdict.dropped.update(over.cause for over in ended if over.update is None)
+        verdict.updates = self.next_update - self.training
         if verdict.complete and self.at:
             some = ", ".join(map(str, sorted(self.at)[:5]))
             verdict.faults.append(f"the run is complete, but {len(self.at)} groups were lost without a word: {some}")
@@ -140,6 +157,30 @@ class _Auditor:
             self.fault(row, "it begins twice")
         self.terms = row
         self.published = self.newest = row["version"]
+
+    def _resumed(self, row: Mapping[str, Any]) -> None:
+        """From a checkpoint: what came after it has not been, and what was under way is begun anew."""
+        update, number, under_way = row["update"], row["number"], set(row["groups"])
+        kept = {
+            group: over
+            for group, over in self.over.items()
+            if group not in under_way and group < number and (over.update is None or over.update < update)
+        }
+        for group in under_way:
+            over = self.over.get(group)
+            if over and over.update is not None and over.update < update:
+                self.fault(row, f"group {group} is to be trained again, but it is {over.how}")
+        lost = [group for group in range(min(number, self.next_group)) if group not in kept and group not in under_way]
+        if lost:
+            self.fault(row, f"{len(lost)} groups were forgotten, group {lost[0]} among them")
+        if update > self.next_update - self.training:
+            self.fault(row, f"goes on before update {update}, and only {self.next_update} were trained")
+        self.over, self.at = kept, dict.fromkeys(sorted(under_way), "admitted")
+        self.sent.clear()
+        self.oldest.clear()
+        self.serving.clear()
+        self.published = self.newest = row["version"]
+        self.next_update, self.next_group, self.training = update, number, False
 
     def _ended(self, row: Mapping[str, Any]) -> None:
         self.verdict.complete = True
@@ -168,7 +209,6 @@ class _Auditor:
                 self.fault(row, f"group {group} was admitted where {self.next_group} was next")
             self.next_group = group + 1
             self.at[group] = "admitted"
-            self.verdict.admitted += 1
 
     def _sent(self, row: Mapping[str, Any]) -> None:
         self._of_serving(row)
@@ -214,9 +254,7 @@ class _Auditor:
                 self.fault(
                     row, f"group {group} is {age} updates old, at most {self.terms['max_staleness']} were agreed"
                 )
-            self.verdict.staleness[age] += 1
-            self._end(group, f"trained in update {update}")
-            self.verdict.trained += 1
+            self._end(group, Over(f"trained in update {update}", update, age))
         self.next_update = update + 1
         self.training = True
 
@@ -224,15 +262,13 @@ class _Auditor:
         if not self.training or row["update"] != self.next_update - 1:
             self.fault(row, f"update {row['update']} ended, which was not under way")
         self.training = False
-        self.verdict.updates += 1
 
     def _dropped(self, row: Mapping[str, Any]) -> None:
         for group in row["groups"]:
             if group not in self.at:
-                self.fault(row, f"group {group} was dropped, but it is {self.over.get(group, 'unknown')}")
+                self.fault(row, f"group {group} was dropped, but it is {self._whereabouts(group)}")
                 continue
-            self._end(group, f"dropped ({row['cause']})")
-            self.verdict.dropped[row["cause"]] += 1
+            self._end(group, Over(f"dropped ({row['cause']})", cause=row["cause"]))
 
     def _step(self, row: Mapping[str, Any]) -> list[int]:
         """Groups for which the event was due."""
@@ -240,14 +276,17 @@ class _Auditor:
         for group in row["groups"]:
             where = self.at.get(group)
             if where != AT[event]:
-                self.fault(row, f"group {group}: {event}, but it is {where or self.over.get(group, 'unknown')}")
+                self.fault(row, f"group {group}: {event}, but it is {self._whereabouts(group)}")
                 continue
             if event in BECOMES:
                 self.at[group] = BECOMES[event]
             found.append(group)
         return found
 
-    def _end(self, group: int, how: str) -> None:
+    def _whereabouts(self, group: int) -> str:
+        return self.at.get(group) or (self.over[group].how if group in self.over else "unknown")
+
+    def _end(self, group: int, how: Over) -> None:
         del self.at[group]
         self.sent.pop(group, None)
         self.over[group] = how

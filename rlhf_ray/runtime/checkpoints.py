@@ -4,18 +4,29 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlhf_ray.errors import ResourceError
 
-UNFINISHED = ".unfinished"
+UNFINISHED, STATE, FILES = ".unfinished", "state.json", "files"
+PIECE_BYTES = 1 << 22
 
 
 def write(
-    folder: Path, name: str, save: Callable[[Path], None], state: dict[str, Any], keep: int, needed_bytes: int
+    folder: Path,
+    name: str,
+    save: Callable[[Path], dict[str, Any] | None],
+    state: dict[str, Any],
+    keep: int,
+    needed_bytes: int,
 ) -> Path:
-    """`folder/name` with what `save` puts there and `state` as state.json. Keeps the `keep` newest.
+    """`folder/name` with what `save` puts there, and state.json: `state`, what `save` returns, a digest of each file.
+
+    Keeps the `keep` newest.
 
     Raises ResourceError, before anything is written, when the disk has less than `needed_bytes` free.
     """
@@ -30,8 +41,8 @@ def write(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        save(aside)
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
+        told = save(aside) or {}
+        (aside / STATE).write_text(json.dumps({**state, **told, FILES: _digests(aside)}, indent=1))
         _sync(aside)
     except OSError as error:
         what = f"checkpoint '{folder / name}'"
@@ -44,9 +55,57 @@ def write(
     return final
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that a run can go on from."""
+
+    place: Path
+    state: dict[str, Any]
+
+
+def newest(folder: Path, needs: str, tell: Callable[[str], None]) -> Checkpoint | None:
+    """The last checkpoint whose state has `needs` and whose files are what was written; none if there is none.
+
+    `tell` is given a sentence for each that is damaged: an older one is gone on from, and not in silence.
+    """
+    for place in reversed(written(folder)):
+        try:
+            state = json.loads((place / STATE).read_text())
+            damaged = _damaged(place, state.get(FILES, {}))
+        except (OSError, ValueError) as error:
+            damaged, state = f"{STATE} cannot be read: {error}", {}
+        if damaged:
+            tell(f"checkpoint '{place}' is damaged ({damaged}); going on from the one before it, if there is one")
+        elif needs in state:
+            return Checkpoint(place, state)
+    return None
+
+
+def _damaged(place: Path, files: dict[str, str]) -> str | None:
+    for name, digest in files.items():
+        if not (place / name).is_file():
+            return f"{name} is missing"
+        if _digest(place / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    content = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            content.update(piece)
+    return content.hexdigest()
+
+
 def written(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [place for place in folder.glob("*/state.json") if not place.parent.name.endswith(UNFINISHED)]
+    found = [place for place in folder.glob(f"*/{STATE}") if not place.parent.name.endswith(UNFINISHED)]
     return [place.parent for place in sorted(found, key=lambda place: place.stat().st_mtime_ns)]
 
 

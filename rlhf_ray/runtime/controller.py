@@ -140,6 +140,21 @@ class Controller:
         """The history begins with what was agreed."""
         self.ledger.note("began", "controller", version=self.version, **vars(self.terms))
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: which prompts are under way, not what has become of them. They are begun anew."""
+        return {
+            **self.admission.state(),
+            "under_way": self.ledger.under_way(),
+            "dropped": [group.tokens for group in self._dropped],
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, in place of `begin`; `version` is one before the weights that are published next."""
+        groups = self.admission.restore(state, state["under_way"], self.version + 1)
+        self.ledger.resume(groups, self.version, self.version + 1, self.admission.number)
+        self._to_send.extend(group.number for group in groups)
+        self._dropped = [Group(-1, -1, tokens=tokens) for tokens in state["dropped"]]
+
     def end(self) -> None:
         """Every update is trained."""
         self.ledger.note("ended", "controller")

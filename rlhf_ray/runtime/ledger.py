@@ -77,6 +77,15 @@ class Ledger:
         if added:
             self.note("admitted", "controller", version=version, groups=[group.number for group in added])
 
+    def under_way(self) -> list[tuple[int, int]]:
+        """Number of each group, ascending, and how many were dropped before it in its place."""
+        return [(number, group.refill) for number, group in sorted(self.groups.items())]
+
+    def resume(self, groups: Iterable[Group], version: int, update: int, number: int) -> None:
+        """A run goes on before `update`, with `groups` under way and `number` as the next group's."""
+        self.groups = {group.number: group for group in groups}
+        self.note("resumed", "controller", version=version, update=update, number=number, groups=list(self.groups))
+
     def sent(self, numbers: Iterable[int], engine: int, incarnation: int, version: int) -> None:
         sent = self._step(numbers, State.ADMITTED, State.GENERATING)
         for group in sent:

@@ -1,15 +1,25 @@
-"""A Ray to run on: the cluster that an address names, or one started on this machine and ended with the run."""
+"""A Ray to run on: the cluster that an address names, or one started on this machine and ended with the run.
+
+Whoever speaks to a Ray can run any code as its owner. One started here has no dashboard and asks for a token, which no
+other user of the machine may read; a cluster's token is the person's to give.
+"""
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.runtime.environment import quiet_driver
 
 ANSWER_WITHIN_S = 8.0
+TOKEN_REMEDY = (
+    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token; on its head that is "
+    "~/.ray/auth_token"
+)
 
 
 @contextmanager
@@ -31,7 +41,8 @@ def connect(address: str | None = None, cpus: float | None = None) -> Iterator[N
         _check_answers(address)
         _start(address=address)
     else:
-        _start(address="local", num_cpus=cpus, include_dashboard=False)
+        _keep_token()
+        _start(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
     try:
         yield
     finally:
@@ -44,14 +55,47 @@ def connect(address: str | None = None, cpus: float | None = None) -> Iterator[N
 
 def _start(**options: object) -> None:
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+    except AuthenticationError as error:
+        raise ResourceError(f"Ray at '{options['address']}': {error.message}. {TOKEN_REMEDY}") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ResourceError(f"Ray at '{options['address']}' cannot be used: {reason}") from None
+        # Of a token that is missing or wrong Ray only says that it cannot connect.
+        hint = f". Does it ask for a token? {TOKEN_REMEDY}" if isinstance(error, ConnectionError) else ""
+        raise ResourceError(f"Ray at '{options['address']}' cannot be used: {reason}{hint}") from None
     # Ray Train's helpers look for a cluster on their own and would join another one on this machine.
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+
+
+def _keep_token() -> None:
+    """A token where Ray looks for one, unless the person gave one or said RAY_AUTH_MODE=disabled. Ray would make the
+    same file, for everybody to read."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    aside = file.with_name(f".auth_token.{os.getpid()}")
+    try:
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        if not file.exists():
+            with open(aside, "w", opener=_for_me_alone) as fresh:
+                fresh.write(secrets.token_hex(32))
+            with suppress(FileExistsError):  # another run was faster: its token is everybody's
+                os.link(aside, file)
+            aside.unlink()
+        file.chmod(0o600)
+    except OSError as error:
+        raise ResourceError(
+            f"{error.filename or file}: Ray's token cannot be kept there: {error.strerror or error}. Put one into a "
+            "file elsewhere that you alone can read, and set RAY_AUTH_TOKEN_PATH to it"
+        ) from None
+
+
+def _for_me_alone(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _check_answers(address: str) -> None:

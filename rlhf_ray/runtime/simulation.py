@@ -215,25 +215,44 @@ def simulate(
     seed: int,
     in_flight: Literal["keep", "wait", "abort"] = "keep",
     answers: int = 1,
+    kills: Sequence[tuple[int, int]] = (),
 ) -> Outcome:
-    """A whole run: every update collected, learned from and published. Raises what the controller raises."""
-    fleet = SimulatedFleet(world, seed)
+    """A whole run: every update collected, learned from and published. Raises what the controller raises.
+
+    Each of `kills` (saved, killed) ends the process in update `killed`, once it has its batch; the next one goes on
+    from the checkpoint after `saved` updates.
+    """
     history: list[dict[str, Any]] = []
-    ledger = Ledger(lambda row: history.append(dict(row)), lambda: fleet.now)
-    tokens = (world.prompt_tokens, answers)
-    controller = Controller(
-        terms, fleet, ledger, lambda _: tokens, longest=round(4 * world.answer_tokens), in_flight=in_flight
-    )
-    controller.begin()
-    for update in range(terms.updates):
-        controller.collect(update)
-        controller.learn(update, fleet.learn())
-        controller.publish(update + 1, fleet.publish)
+    states: dict[int, dict[str, Any]] = {}
+    first, began = 0, 0.0
+    for start in range(len(kills) + 1):
+        fleet = SimulatedFleet(world, seed + 1_000_003 * start)
+        fleet.now, fleet.version = began, max(0, first - 1)
+        ledger = Ledger(lambda row: history.append(dict(row)), lambda: fleet.now)  # noqa: B023
+        controller = Controller(
+            terms,
+            fleet,
+            ledger,
+            lambda _: (world.prompt_tokens, answers),
+            longest=round(4 * world.answer_tokens),
+            in_flight=in_flight,
+            version=fleet.version,
+        )
+        if start == 0:
+            controller.begin()
+        else:
+            controller.version = first - 1
+            controller.resume(states[first])
+            fleet.version = first - 1
+            controller.publish(first, fleet.publish)
+        for update in range(first, terms.updates):
+            controller.collect(update)
+            if start < len(kills) and update == kills[start][1]:
+                break
+            controller.learn(update, fleet.learn())
+            controller.publish(update + 1, fleet.publish)
+            states[update + 1] = controller.state()
+        if start < len(kills):
+            first, began = kills[start][0], fleet.now
     controller.end()
-    return Outcome(
-        history,
-        fleet.now,
-        fleet.learner_busy_s,
-        fleet.engine_busy_s / world.engines,
-        ledger.trained,
-    )
+    return Outcome(history, fleet.now, fleet.learner_busy_s, fleet.engine_busy_s / world.engines, ledger.trained)

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 from rlhf_ray.errors import ConfigError, ResourceError, StopRequested
 from rlhf_ray.runtime.environment import job_environment
+from rlhf_ray.telemetry.secrets import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -35,9 +36,16 @@ ENDING_S = 30.0
 def submit(config: Path, stage: str, overrides: list[str], address: str, working_dir: Path) -> int:
     """Exit code of the job: 0 only if it succeeded.
 
-    Raises ConfigError for a configuration outside `working_dir`, which the upload would lack; ResourceError within ten
-    seconds when nobody answers at `address` (http://...), and when the cluster goes away or refuses.
+    Raises ConfigError for a configuration outside `working_dir`, which the upload would lack, and for a secret among
+    `overrides`; ResourceError within ten seconds when nobody answers at `address` (http://...), and when the cluster
+    goes away or refuses.
     """
+    for override in overrides:
+        if redact(override) != override:
+            raise ConfigError(
+                f"override '{redact(override)}': holds a secret, which Ray would show on its dashboard and in `ps`; "
+                "put it into the environment of the nodes"
+            )
     return submit_command(["rlhf-ray", stage, _inside(config, working_dir), *overrides], address, working_dir)
 
 
@@ -78,12 +86,13 @@ def machines(address: str) -> list[dict[str, float]]:
     """Resources of every node of the cluster at `address`, whoever holds them. Raises ResourceError."""
     check_answers(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address
+    from ray.exceptions import RayError
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
         nodes = list_nodes(address, filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
-    except (RayStateApiException, RuntimeError, OSError) as error:
+    except (RayStateApiException, RayError, RuntimeError, OSError) as error:
         raise ResourceError(f"the Ray cluster at {address} does not say what machines it has: {error}") from None
     return [dict(node.resources_total) for node in nodes]
 

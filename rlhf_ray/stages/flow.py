@@ -30,8 +30,10 @@ class Flow:
         roles: "Roles",
         clock: PhaseClock,
         write: Callable[[Mapping[str, Any]], None],
+        updates: int = 0,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        """`write` is given the history, event by event."""
+        """`write` is given the history, event by event; with `state` the run goes on after `updates` updates."""
         self.config, self.roles, self._write = config, roles, write
         self.occupancy = Occupancy(time.time)
         order = SampleOrder(len(prompts), config.seed)
@@ -48,9 +50,12 @@ class Flow:
             tokens=lambda number: (len(prompt(number)), config.rollout.samples_per_prompt),
             longest=config.rollout.max_new_tokens,
             in_flight=config.publication.in_flight,
-            version=-1,  # what engines load themselves is not what the learner has, and is not served
+            version=updates - 1,  # what engines load themselves is not what the learner has, and is not served
         )
-        self.controller.begin()
+        if state is None:
+            self.controller.begin()
+        else:
+            self.controller.resume(state)
 
     def collect(self, update: int) -> Batch:
         """Scored answers to train on. Raises TrainingError when none of their prompts tells good from bad."""

@@ -47,10 +47,11 @@ class Inputs:
 
 def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
     """The whole stage; returns what summary.json says. Any failure ends it with an RLHFError, actors gone."""
-    with Tracker(config, "ppo") as tracker:
+    with Tracker(config, "ppo", resumable=True) as tracker:
         for sentence in advice(config):
             say(f"warning: {sentence}")
         inputs = prepare(config, tracker.folder.path)
+        begun = checkpoints.newest(tracker.folder.checkpoints, "controller", lambda what: say(f"warning: {what}"))
         with session.connect(address), interrupts.stoppable():
             from rlhf_ray.stages.roles import Roles  # Ray's actors: not before the input is known to be good
 
@@ -59,7 +60,7 @@ def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
             with Roles(config, inputs.eos_ids, canary(inputs.prompts), steps, evidence) as roles:
                 totals = Totals()
                 with _saved_when_stopped(config, roles, tracker, totals):
-                    train(config, inputs, roles, tracker, totals)
+                    train(config, inputs, roles, tracker, totals, begun)
                 roles.check_reference()
         summary = totals.summary()
         tracker.summary(summary)
@@ -85,16 +86,32 @@ def prepare(config: PPOConfig, folder: Path) -> Inputs:
     return Inputs(tokenizer, load.eos_ids(config.policy, tokenizer), prompts)
 
 
-def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, totals: "Totals") -> None:
-    """Every update of the run. What it comes to is added up in `totals`."""
+def train(
+    config: PPOConfig,
+    inputs: Inputs,
+    roles: "Roles",
+    tracker: Tracker,
+    totals: "Totals",
+    begun: checkpoints.Checkpoint | None = None,
+) -> None:
+    """Every update of the run, or those that are left after `begun`. What it comes to is added up in `totals`."""
     from rlhf_ray.stages.flow import Flow
 
     ppo, clock = config.ppo, PhaseClock()
-    flow = Flow(config, inputs.prompts, roles, clock, tracker.folder.log_event)
+    first = begun.state["updates"] if begun else 0
+    for line in tracker.folder.rewind(first):
+        totals.add(line)
+    state = begun.state["controller"] if begun else None
+    flow = Flow(config, inputs.prompts, roles, clock, tracker.folder.log_event, first, state)
     beta = kl_controller(config)
-    flow.publish(0)
-    progress = tracker.progress(ppo.updates, "PPO")
-    for update in range(ppo.updates):
+    if begun:
+        say(f"going on after update {first}, from {begun.place}")
+        totals.policy = str(begun.place / "policy")
+        roles.restore(begun.place, begun.state["learner"])
+        beta.restore(begun.state["kl_controller"])
+    flow.publish(first)
+    progress = tracker.progress(ppo.updates, "PPO", first)
+    for update in range(first, ppo.updates):
         batch = flow.collect(update)
         learned = flow.learn(batch, beta.coefficient, update)
         for warning in learned.warnings:
@@ -104,10 +121,6 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, t
         published = flow.publish(update + 1)
         kl = learned.metrics.get("objective/kl_full", learned.metrics["objective/kl"])
         beta.update(kl, len(batch.groups) * config.rollout.samples_per_prompt)
-        with clock.phase("checkpoint"):
-            last = update + 1 == ppo.updates
-            if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
-                totals.policy = save(config, roles, tracker, update + 1, beta.state())
         tracker.samples(update, [readable(inputs.tokenizer, sample) for sample in learned.samples])
         metrics = {**learned.metrics, **published, **flow.metrics(batch), **clock.finish()}
         metrics["tokens/total"] = totals.add(metrics)
@@ -116,6 +129,11 @@ def train(config: PPOConfig, inputs: Inputs, roles: "Roles", tracker: Tracker, t
         progress.advance(
             reward=metrics["objective/scores"], kl=metrics["objective/kl"], tokens_per_s=metrics["tokens/per_s"]
         )
+        with clock.phase("checkpoint"):  # what has been told is what the next process goes on from
+            last = update + 1 == ppo.updates
+            if last or (config.checkpoint.every and (update + 1) % config.checkpoint.every == 0):
+                state = {"kl_controller": beta.state(), "controller": flow.controller.state()}
+                totals.policy = save(config, roles, tracker, update + 1, state)
     interrupts.Interrupt.check()
     flow.end()
 
@@ -139,14 +157,14 @@ def canary(prompts: list[rows.Prompt]) -> Ragged:
 
 
 def save(
-    config: PPOConfig, roles: "Roles", tracker: Tracker, updates: int, controller: dict[str, float], name: str = ""
+    config: PPOConfig, roles: "Roles", tracker: Tracker, updates: int, state: dict[str, Any], name: str = ""
 ) -> str:
     """A checkpoint after `updates` updates; its `policy` is an ordinary Hugging Face folder, whose path is returned."""
     place = checkpoints.write(
         tracker.folder.checkpoints,
         name or f"update_{updates:06d}",
-        lambda folder: roles.save(folder / "policy"),
-        {"updates": updates, "kl_controller": controller},
+        lambda folder: {"learner": roles.save(folder)},
+        {"updates": updates, **state},
         config.checkpoint.keep,
         roles.checkpoint_bytes,
     )

@@ -119,8 +119,13 @@ class Roles:
         """Lets a running update end after its current optimiser step."""
         fetch([rank.ask_stop.remote() for rank in self.ranks], self.deadline_s, "learner", "stopping")
 
-    def save(self, folder: Path) -> None:
-        self._all_ranks("save", str(folder.absolute()), doing=f"writing '{folder}'")
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Writes policy and learner there; returns what `restore` wants to be told."""
+        return self._all_ranks("save", str(folder.absolute()), doing=f"writing '{folder}'")[0]
+
+    def restore(self, folder: Path, told: dict[str, Any]) -> None:
+        """The learner goes on from what `save` left."""
+        self._all_ranks("restore", str(folder.absolute()), told, doing=f"going on from '{folder}'")
 
     def check_reference(self) -> None:
         """Raises TrainingError when the reference's weights are not what they were at the start."""
@@ -129,7 +134,9 @@ class Roles:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return self.parameters * (2 if self.config.device == "gpu" else 4)
+        """The policy, and three fp32 numbers for each trained weight, the critic's as many as the policy's."""
+        trained = 2 if self.config.ppo.algorithm.needs_critic else 1
+        return self.parameters * ((2 if self.config.device == "gpu" else 4) + 12 * trained)
 
     def _start(self) -> None:
         """Actors import and load at the same time; then the learner opens its way to the engines."""

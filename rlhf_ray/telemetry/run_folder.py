@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,11 +70,18 @@ class RunFolder:
             self._append(self._samples, {"update": update, **row})
 
     def log_event(self, event: Mapping[str, Any]) -> None:
-        """Appends to the history. The first event of a run begins it anew."""
+        """Appends to the history."""
         if self._history is None:
             with _writing(self.history):
-                self._history = self.history.open("w", encoding="utf-8")
+                self._history = self.history.open("a", encoding="utf-8")
         self._append(self._history, event)
+
+    def rewind(self, updates: int) -> list[dict[str, Any]]:
+        """Forgets metrics and samples after the first `updates` updates, which an earlier process left; of a run that
+        begins anew its history too. Returns the metrics that stay, one object an update."""
+        kept = [_cut(path, lambda row: row["update"] < updates) for path in (self.metrics, self.samples)]
+        _cut(self.history, lambda row: updates > 0)
+        return kept[0]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write(self.summary, summary)
@@ -122,6 +129,25 @@ class RunFolder:
         with _writing(Path(file.name)):
             file.write(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
+
+
+def _cut(path: Path, stays: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Shortens a file of rows to the first ones that stay, in place; a last line that was cut off goes too."""
+    if not path.exists():
+        return []
+    kept, end = [], 0
+    with _writing(path), path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not stays(row):
+                break
+            kept.append(row)
+            end += len(line)
+        os.truncate(path, end)
+    return kept
 
 
 def write_atomically(path: Path, text: str) -> None:

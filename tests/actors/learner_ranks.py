@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.records import Finish, Ragged, ReferenceColumns, Trajectories, no_columns
 
-ANSWERS, BETA = 7, 0.1
+ANSWERS, BETA, STEPS = 7, 0.1, 12
 
 
 class Host:
@@ -28,9 +28,23 @@ class Host:
         from rlhf_ray.actors.learner import Learner
 
         self.learner = Learner(config, rank, critic_is_reward_model=False, evidence=evidence)
-        self.learner.load(config.ppo.epochs * config.ppo.minibatches)
+        self.learner.load(STEPS)
         everything = np.arange(ANSWERS) // config.rollout.samples_per_prompt
         return self.learner.update(chunks, BETA, 0, np.unique(everything) if kept is None else kept)
+
+    def save_and_go_on(self, chunks: list[Any], folder: str) -> tuple[Any, Any]:
+        """What saving told, and the next update."""
+        told = self.learner.save(folder)
+        return told, self.learner.update(chunks, BETA, 1, np.arange(ANSWERS))
+
+    def go_on(self, config: PPOConfig, rank: int, chunks: list[Any], folder: str, told: Any) -> Any:
+        """A fresh learner takes up what another one saved; its next update."""
+        from rlhf_ray.actors.learner import Learner
+
+        self.learner = Learner(config, rank, critic_is_reward_model=False, evidence="")
+        self.learner.load(STEPS)
+        self.learner.restore(folder, told)
+        return self.learner.update(chunks, BETA, 1, np.arange(ANSWERS))
 
     def without_signal(self, trajectories: Any, scores: np.ndarray) -> list[int]:
         return self.learner.without_signal(trajectories, scores)

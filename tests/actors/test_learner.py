@@ -12,6 +12,8 @@ from learner_ranks import ANSWERS, BETA, Ranks, config
 
 from rlhf_ray.actors.invariants import Found, of_experience, of_first_minibatch
 from rlhf_ray.actors.reference import Reference
+from rlhf_ray.config.common import OptimizerConfig
+from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.rewards import RewardSection
 from rlhf_ray.errors import DataError
 from rlhf_ray.models import load
@@ -212,8 +214,9 @@ def test_adapters_alone_train_and_whoever_loads_the_policy_gets_them_added(
         assert metrics[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
     assert max(float(np.abs(weights[name] - alone[name]).max()) for name in weights) < 1e-3
 
+    (tmp_path / "saved").mkdir()
     ray.get([host.save.remote(str(tmp_path / "saved")) for host in two.hosts], timeout=60)
-    saved = {name: p.detach().numpy() for name, p in _fresh(str(tmp_path / "saved")).named_parameters()}
+    saved = {name: p.detach().numpy() for name, p in _fresh(str(tmp_path / "saved/policy")).named_parameters()}
     assert all(np.array_equal(saved[name], weights[name]) for name in start)
 
 
@@ -374,3 +377,35 @@ def _fresh(policy: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(Path(policy), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (1, 3), (2, 2)])
+def test_a_learner_that_takes_up_what_another_saved_goes_on_as_it_would_have(
+    one: Ranks, two: Ranks, policy: str, columns: tuple, tmp_path: Path, ranks: int, stage: int
+) -> None:
+    """Weights, Adam's moments and steps, the schedule: on one rank to the last bit, on two by other orders of sums."""
+    import ray
+
+    def falling(ranks: int) -> PPOConfig:
+        plain = config(policy, ranks, stage)
+        optimizer = OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup_share=0.25, max_grad_norm=0.5)
+        return plain.model_copy(update={"learner": plain.learner.model_copy(update={"optimizer": optimizer})})
+
+    chunk = [ray.put(column) for column in columns]
+    [host] = one.hosts
+    one.update(falling(1), columns)
+    told, expected = ray.get(host.save_and_go_on.remote([chunk], str(tmp_path)), timeout=120)
+    weights = one.weights()
+    other = one if ranks == 1 else two
+    refs = [
+        host.go_on.remote(falling(ranks), rank, [chunk], str(tmp_path), told) for rank, host in enumerate(other.hosts)
+    ]
+    found = ray.get(refs, timeout=120)[0]
+    close = {"rel": 0, "abs": 0} if ranks == 1 else {"rel": 2e-3, "abs": 2e-5}
+    for name, value in expected.metrics.items():
+        assert found.metrics[name] == pytest.approx(value, **close), name
+    for name, weight in other.weights().items():
+        np.testing.assert_allclose(
+            weight, weights[name], rtol=0 if ranks == 1 else 1e-3, atol=0 if ranks == 1 else 1e-5
+        )
+    assert 0 < found.metrics["lr/policy"] < 1e-2

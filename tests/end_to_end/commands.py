@@ -17,7 +17,7 @@ import yaml
 RLHF_RAY = Path(sys.executable).with_name("rlhf-ray")
 UPDATES, PROMPTS, SAMPLES = 3, 8, 2
 TIMES = ("time", "tokens/per_s", "weights/publish_s")
-"""Metrics that differ from run to run, besides those that begin with `time/`."""
+"""Metrics that differ from run to run, besides those that begin with `time/` or `busy/`."""
 
 
 class Project:
@@ -171,7 +171,8 @@ def write_rows(file: Path, content: list[Any]) -> None:
 
 def deterministic(line: dict[str, Any]) -> dict[str, Any]:
     """Metrics that the same seed must repeat to the bit."""
-    return {name: value for name, value in line.items() if name not in TIMES and not name.startswith("time/")}
+    timed = ("time/", "busy/")
+    return {name: value for name, value in line.items() if name not in TIMES and not name.startswith(timed)}
 
 
 def _title(process: psutil.Process) -> str:

@@ -138,3 +138,30 @@ def test_a_history_is_read_from_a_run_s_folder_and_a_last_line_that_was_cut_off_
         read(tmp_path)
     with pytest.raises(DataError, match="no history can be read"):
         read(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def resumed() -> list[dict[str, Any]]:
+    """Killed in update 3, after which a second process goes on from the checkpoint after update 2."""
+    return simulate(Terms(5, 4, max_staleness=1), World(), seed=0, kills=[(2, 3)]).history
+
+
+def test_what_came_after_a_checkpoint_has_not_been_when_a_run_goes_on_from_it(resumed: list[dict[str, Any]]) -> None:
+    verdict = audit(resumed)
+    assert verdict.good and verdict.trained == verdict.admitted == 20 and verdict.updates == 5
+    trainings = [row["update"] for row in resumed if row["event"] == "training"]
+    assert trainings == [0, 1, 2, 3, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda row: row["groups"].append(0), "group 0 is to be trained again, but it is trained in update 0"),
+        (lambda row: row["groups"].pop(0), "1 groups were forgotten, group 8 among them"),
+        (lambda row: row.update(update=7), "goes on before update 7, and only 4 were trained"),
+    ],
+    ids=["trained twice", "forgotten", "not yet trained"],
+)
+def test_a_run_that_goes_on_from_something_else_is_caught(resumed: list[dict[str, Any]], harm: Any, said: str) -> None:
+    harm(resumed[first(resumed, "resumed")])
+    assert any(said in fault for fault in audit(resumed).faults), audit(resumed)

@@ -65,6 +65,26 @@ def test_no_schedule_of_thousands_loses_a_sample_trains_it_twice_or_lets_it_grow
     assert kinds == set(everything.split())
 
 
+def test_a_run_that_is_killed_again_and_again_loses_nothing_and_trains_nothing_twice() -> None:
+    resumed = 0
+    for seed in range(2000):
+        terms, world, mode = told(seed)
+        random = np.random.default_rng([seed, 1])
+        kills: list[tuple[int, int]] = []
+        newest = 0
+        for _ in range(int(random.integers(1, 4))):
+            killed = int(random.integers(newest, terms.updates))
+            newest = int(random.integers(max(1, newest), killed + 1)) if killed else 0
+            if newest:
+                kills.append((newest, killed))
+        verdict = audit(simulate(terms, world, seed, mode, kills=kills).history)
+        assert verdict.good and verdict.complete, f"seed {seed}, {kills}: {verdict}"
+        assert max(verdict.staleness, default=0) <= terms.max_staleness
+        assert verdict.trained + sum(verdict.dropped.values()) == verdict.admitted
+        resumed += len(kills)
+    assert resumed > 1000
+
+
 def test_a_seed_plays_again_exactly() -> None:
     assert all(played(seed).history == played(seed).history for seed in range(0, 300, 7))
 
