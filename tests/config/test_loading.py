@@ -367,6 +367,9 @@ def test_what_is_known_to_be_biased_or_risky_is_said(ppo_yaml: Path, override: s
     config = load(PPOConfig, ppo_yaml, [override])
     assert [sentence for sentence in advice(config) if said in sentence]
     assert advice(load(PPOConfig, ppo_yaml)) == []
+    assert advice(load(PPOConfig, ppo_yaml, ["ppo.max_staleness=1"])) == []
+    overlapped = load(PPOConfig, ppo_yaml, ["ppo.max_staleness=1", "roles.shared=[[rollout, learner]]"])
+    assert ["each slows the other down" in sentence for sentence in advice(overlapped)] == [True]
     assert advice(load(PPOConfig, ppo_yaml, ["ppo.kl.estimator={name: full, placement: both}"])) == []
 
 

@@ -117,3 +117,25 @@ def test_whatever_finishes_when_every_group_is_trained_once_by_its_deadline(seed
         assert all(update - sampled[number] <= terms.max_staleness for number in chosen)
     assert set(trained.values()) <= {1}
     assert len(trained) + dropped == admission.number and not under_way and not unsent
+
+
+def test_a_state_brings_back_empty_places_and_refills_that_are_due() -> None:
+    """One place of update 0 is empty for good and one waits for its refill: the other two groups are under way."""
+    terms = Terms(updates=2, groups_per_update=4, max_refills=1)
+    admission = Admission(terms)
+    first, second, *others = admission.admit(0)
+    admission.dropped(first)
+    [refill] = admission.admit(0)
+    admission.dropped(refill)
+    admission.dropped(second)
+    again = Admission(terms)
+    groups = again.restore(admission.state(), [(group.number, group.refill) for group in others], version=0)
+    assert numbers(groups) == [2, 3] and [group.deadline for group in groups] == [0, 0]
+    [late] = again.admit(0)
+    assert (late.number, late.refill) == (5, 1)
+    for group in groups:
+        again.is_ready(group)
+    assert again.take(0) is None
+    again.is_ready(late)
+    assert again.take(0) == [2, 3, 5]
+    assert numbers(again.admit(1)) == [6, 7, 8, 9]

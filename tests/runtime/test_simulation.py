@@ -12,7 +12,7 @@ from rlhf_ray.errors import DeadlineError, PublicationError, RLHFError
 from rlhf_ray.runtime import controller as controllers
 from rlhf_ray.runtime.admission import Admission, Terms
 from rlhf_ray.runtime.audit import audit
-from rlhf_ray.runtime.controller import Controller, Finished, Joined, Scored
+from rlhf_ray.runtime.controller import Controller, Finished, Joined, Lost, Scored
 from rlhf_ray.runtime.ledger import Landed, Ledger
 from rlhf_ray.runtime.simulation import Outcome, SimulatedFleet, World, simulate
 
@@ -189,6 +189,27 @@ def test_scores_of_a_chunk_that_was_not_taken_are_not_taken_either() -> None:
     assert controller.admission.take(0) is None
     controller._handle(Scored([0], chunk))
     assert controller.admission.take(0) == [0]
+
+
+def test_what_a_dead_engine_had_goes_to_the_next_with_room_before_anything_else() -> None:
+    sent: list[tuple[int, list[int]]] = []
+
+    class Listening(SimulatedFleet):
+        def generate(self, engine: int, groups: Any) -> None:
+            sent.append((engine, list(groups)))
+
+    fleet = Listening(World(engines=2), seed=0)
+    controller = Controller(Terms(1, 4), fleet, Ledger(lambda row: None), lambda _: (0, 1), longest=10)
+    controller._handle(Joined(0, 0, 20.0))
+    controller._dispatch()
+    assert sent == [(0, [0, 1])]
+    controller._handle(Lost(0, 7, "news of another life"))
+    controller._handle(Lost(0, 0, "gone"))
+    controller._handle(Joined(1, 0, 20.0))
+    controller._dispatch()
+    assert sent == [(0, [0, 1]), (1, [0, 1])]
+    controller._handle(Lost(1, 9, "news of another life"))
+    assert controller.generating
 
 
 def test_a_world_in_which_nothing_happens_any_more_is_an_error_and_no_endless_wait() -> None:

@@ -155,15 +155,6 @@ def test_a_clusters_machines_are_known_without_being_part_of_it(cluster: str) ->
     assert [machine["CPU"] for machine in machines(cluster)] == [1.0]
 
 
-@pytest.mark.real
-def test_every_line_of_a_job_says_whose_it_is(cluster: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["rlhf-ray", "ppo", "configs/ppo/my run.yaml"]
-    assert submitting.submit_command(command, cluster, project, "ppo: ") == 0
-    said = capsys.readouterr().out.splitlines()
-    assert "ppo: name: from-the-upload" in said
-    assert all(line.startswith("ppo: ") for line in said)
-
-
 def test_a_configuration_that_would_not_be_uploaded_is_refused(project: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lies outside"):
         submit(tmp_path.parent / "else.yaml", "ppo", [], "http://127.0.0.1:1", project)
@@ -216,6 +207,15 @@ def test_a_connection_that_breaks_is_taken_up_again_without_lines_twice(
     monkeypatch.setattr(submitting, "check_answers", lambda address: None)
     assert asyncio.run(submitting._follow(_BrokenOnce(), "job", "http://h")) == "SUCCEEDED"  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_where_several_jobs_are_followed_each_line_says_whose_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submitting, "ENDING_S", 0.01)
+    monkeypatch.setattr(submitting, "check_answers", lambda address: None)
+    asyncio.run(submitting._follow(_BrokenOnce(), "job", "http://h", "sft: "))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "sft: one\nsft: two\n"
 
 
 class _Vanished(_BrokenOnce):

@@ -155,3 +155,32 @@ def test_a_secret_in_the_configuration_is_masked_in_the_folder(config_of: Any, m
     folder.write_summary({"model": "abcdefghijk"})
     assert "abcdefghijk" not in folder.config.read_text() + folder.summary.read_text()
     assert load(SFTConfig, folder.config).model == "https://<redacted>.example/m"
+
+
+def test_a_run_that_goes_on_keeps_what_was_told_before_its_checkpoint_and_forgets_the_rest(config_of: Any) -> None:
+    folder = RunFolder(config_of())
+    for update in range(4):
+        folder.log(update, {"sft/loss": float(update)})
+        folder.log_samples(update, [{"prompt": "p", "response": str(update)}] * 2)
+        folder.log_event({"event": "trained", "update": update})
+    folder.close()
+    with folder.metrics.open("a") as file:
+        file.write('{"update": 4, "sft/lo')  # killed in the middle of a line
+    again = RunFolder(config_of(), resumable=True)
+    kept = again.rewind(2)
+    assert [row["sft/loss"] for row in kept] == [0.0, 1.0]
+    again.log(2, {"sft/loss": 2.5})
+    assert [row["sft/loss"] for row in objects(again.metrics)] == [0.0, 1.0, 2.5]
+    assert [row["update"] for row in objects(again.samples)] == [0, 0, 1, 1]
+    again.log_event({"event": "resumed"})
+    assert [row["event"] for row in objects(again.history)] == ["trained"] * 4 + ["resumed"]
+
+
+def test_a_run_that_begins_anew_has_a_history_of_its_own(config_of: Any) -> None:
+    folder = RunFolder(config_of())
+    folder.log_event({"event": "began"})
+    folder.close()
+    again = RunFolder(config_of(), resumable=True)
+    assert again.rewind(0) == []
+    again.log_event({"event": "began"})
+    assert objects(again.history) == [{"event": "began"}]
