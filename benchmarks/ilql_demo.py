@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ilql_demo.py [--seeds 0 1 2] [--folder runs/ilql_demo]
 
-The log is the reward model's pairs: both answers, 1 for the one that people preferred and -1 for the other. A quarter
-of these labels contradict gold, which no learner sees. `rlhf-ray ilql configs/demo/ilql.yaml` learns from them, and
-`rlhf-ray sft` in as many steps from the same start: from all answers (behaviour cloning), and from the preferred ones.
+The log: 8 answers of the demo's SFT model to each of 1600 prompts, and what each was worth, which is gold, as in
+a shop's books. `rlhf-ray ilql` learns from it with the settings of configs/demo/ilql.yaml, and `rlhf-ray sft` in as
+many steps from the same start: from all answers (behaviour cloning), and from the better half of each prompt's.
 
-Better than the clone is not yet better by rewards: Q keeps to the data, so steering sharpens, and the commonest answers
-of the data are its good ones. Hence two controls: imitation at lower temperatures, and the same Q-learning from labels
-that are shuffled. What is finished in the folder is not run again. Prints a table for docs/ilql.md, writes
+Better than the clone is not yet better by rewards: Q keeps to the data, so steering sharpens, and in this world the
+commonest answers are not bad ones. Hence two controls: imitation at lower temperatures, and the same Q-learning with
+rewards shuffled over the log. What is finished in the folder is not run again. Prints a table for docs/ilql.md, writes
 benchmarks/results/ilql_demo.json and docs/images/ilql.png.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -24,9 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.data.templates import prompt_ids
 from rlhf_ray.demo import gold
 from rlhf_ray.demo.evaluate import causal_model, mean_and_se, sample
-from rlhf_ray.demo.world import World
+from rlhf_ray.demo.world import USUAL, World
+from rlhf_ray.models import load
 from rlhf_ray.models.q_heads import Decoder, steered
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +35,9 @@ RESULTS = ROOT / "benchmarks/results/ilql_demo.json"
 PLOT = ROOT / "docs/images/ilql.png"
 BETAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 TEMPERATURES = (1.0, 0.5, 0.25)
-CLONE, FILTERED, ILQL, SHUFFLED = "behaviour cloning", "of preferred answers", "ILQL", "ILQL, labels shuffled"
-PROMPTS, SAMPLES, NEW_TOKENS = 384, 2, 32
-ROWS_PER_PASS = 128
+CLONE, FILTERED, ILQL, SHUFFLED = "behaviour cloning", "of the better half", "ILQL", "ILQL, rewards shuffled"
+PROMPTS, SAMPLES, LOGGED, NEW_TOKENS = 384, 2, 8, 32
+ROWS_PER_PASS = 768
 Seed = dict[str, dict[str, Any]]
 """By policy: `gold` [P], each held-out prompt's mean over its answers; `kl` to the clone, nats per answer; `finished`,
 the share of answers that ended by EOS."""
@@ -82,46 +83,78 @@ def run_seed(folder: Path, seed: int) -> Seed:
 def trained(folder: Path, seed: int) -> dict[str, str]:
     """Checkpoints by learner, all from the demo's SFT model."""
     from rlhf_ray.config.ilql import ILQLConfig
-    from rlhf_ray.config.load import load
+    from rlhf_ray.config.load import load as read
     from rlhf_ray.config.supervised import SFTConfig
     from rlhf_ray.demo import run as demo
     from rlhf_ray.runtime import session
     from rlhf_ray.stages import ilql, sft
     from rlhf_ray.telemetry.run_folder import write_rows
 
-    def valued(name: str, path: Path) -> tuple[ILQLConfig, str]:
-        told = {"name": name, "output_dir": folder, "seed": seed, "data.path": path, "model": model, "workers.cpus": 1}
-        config = load(ILQLConfig, demo.CONFIGS / "ilql.yaml", [f"{key}={value}" for key, value in told.items()])
-        return config, ilql.run(config)["model"]
+    def settings(name: str, rows: list[dict[str, Any]]) -> ILQLConfig:
+        write_rows(folder / f"{name}.jsonl", rows)
+        told = {"name": name, "output_dir": folder, "seed": seed, "model": start, "data.path": folder / f"{name}.jsonl"}
+        return read(ILQLConfig, demo.CONFIGS / "ilql.yaml", [f"{key}={value}" for key, value in told.items()])
 
-    def cloned(name: str, sides: Sequence[str]) -> str:
-        path = folder / f"{name}.jsonl"
-        write_rows(path, [{"prompt": row["prompt"], "completion": row[side]} for row in rows for side in sides])
-        like = config.model_dump(include={"output_dir", "seed", "model", "training", "workers"})
-        like["training"]["epochs"] *= 2 // len(sides)  # as many steps of fewer rows
-        data = {"path": path, "max_tokens": config.data.max_tokens}
-        return sft.run(SFTConfig.model_validate({**like, "name": name, "data": data}))["model"]
+    def valued(name: str, rows: list[dict[str, Any]]) -> str:
+        return ilql.run(settings(name, rows))["model"]
 
+    def cloned(name: str, rows: list[dict[str, Any]]) -> str:
+        told = settings(name, rows).model_dump(include=set(SFTConfig.model_fields))
+        told["training"]["epochs"] *= len(log) // len(rows)  # as many steps of fewer rows
+        return sft.run(SFTConfig.model_validate(told))["model"]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    models, kept, begun = {}, folder / "models.json", folder / "start.json"
+    if kept.exists():
+        models = json.loads(kept.read_text())
     with session.connect():
-        start = folder / "start.json"
-        if not start.exists():
-            start.write_text(json.dumps(demo.prepare(folder, World(seed), seed, {})[1]["model"]))
-        model, pairs = json.loads(start.read_text()), folder / "world/preferences.jsonl"
-        rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
-        write_rows(folder / "shuffled.jsonl", shuffled(rows, Random(seed)))
-        config, values = valued("ilql", pairs)
-        return {
-            ILQL: values,
-            SHUFFLED: valued("shuffled", folder / "shuffled.jsonl")[1],
-            CLONE: cloned("clone", ("chosen", "rejected")),
-            FILTERED: cloned("filtered", ("chosen",)),
-        }
+        if not begun.exists():
+            begun.write_text(json.dumps(demo.prepare(folder, World(seed), seed, {})[1]["model"]))
+        start = json.loads(begun.read_text())
+        log = logged(start, World(seed), seed)
+        for learner, train, name, rows in (
+            (CLONE, cloned, "clone", log),
+            (FILTERED, cloned, "better_half", better_half(log)),
+            (ILQL, valued, "ilql", log),
+            (SHUFFLED, valued, "shuffled", shuffled(log, Random(seed))),
+        ):
+            if learner not in models:
+                models[learner] = train(name, rows)
+                kept.write_text(json.dumps(models))
+    return models
 
 
-def shuffled(rows: list[dict[str, Any]], random: Random) -> list[dict[str, Any]]:
-    """The same pairs, in each of which a coin says which answer was preferred."""
-    swap = {"chosen": "rejected", "rejected": "chosen"}
-    return [{swap.get(key, key): row[key] for key in row} if random.random() < 0.5 else row for row in rows]
+def logged(model: str, world: World, seed: int) -> list[dict[str, Any]]:
+    """LOGGED rows {"prompt", "completion", "reward"} a training prompt, one after the other."""
+    asked = [row["prompt"] for row in world.prompts(USUAL.prompts_train) for _ in range(LOGGED)]
+    tokenizer = load.tokenizer(model, "policy")
+    _, answers = answered(causal_model(model), tokenizer, asked, seed + 1000)
+    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [
+        {"prompt": prompt, "completion": text, "reward": reward}
+        for prompt, text, reward in zip(asked, said, gold.scores(asked, said), strict=True)
+    ]
+
+
+def answered(model: Any, tokenizer: Any, asked: list[str], seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of prompts and of one answer to each."""
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in asked]
+    passes = [prompts[begin : begin + ROWS_PER_PASS] for begin in range(0, len(prompts), ROWS_PER_PASS)]
+    rng = Random(seed)  # two passes must not draw the same random numbers
+    return prompts, [row for each in passes for row in sample(model, tokenizer, each, NEW_TOKENS, rng.getrandbits(32))]
+
+
+def better_half(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each prompt's answers."""
+    groups = [log[begin : begin + LOGGED] for begin in range(0, len(log), LOGGED)]
+    return [row for group in groups for row in sorted(group, key=lambda row: -row["reward"])[: LOGGED // 2]]
+
+
+def shuffled(log: list[dict[str, Any]], random: Random) -> list[dict[str, Any]]:
+    """The same answers and the same rewards, each at any of the answers."""
+    rewards = [row["reward"] for row in log]
+    random.shuffle(rewards)
+    return [{**row, "reward": reward} for row, reward in zip(log, rewards, strict=True)]
 
 
 class Head(nn.Module):
@@ -141,16 +174,12 @@ class Head(nn.Module):
 
 
 def measured(policy: Policy, models: dict[str, str], seed: int) -> dict[str, Any]:
-    from rlhf_ray.data.templates import prompt_ids
-    from rlhf_ray.models import load
-
     folder = models[policy.learner]
     tokenizer, model, clone = load.tokenizer(folder, "policy"), causal_model(folder), causal_model(models[CLONE])
     values = None if policy.decode_beta is None else Decoder(Path(folder), model).heads
     model.set_output_embeddings(Head(model.get_output_embeddings(), policy, values))
     asked = [row["prompt"] for row in World(seed).prompts(PROMPTS, "held_out") for _ in range(SAMPLES)]
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in asked]
-    answers = sample(model, tokenizer, prompts, NEW_TOKENS, seed)
+    prompts, answers = answered(model, tokenizer, asked, seed)
     earned = gold.scores(asked, tokenizer.batch_decode(answers, skip_special_tokens=True))
     return {
         "gold": torch.tensor(earned).view(PROMPTS, SAMPLES).mean(1).tolist(),
@@ -176,7 +205,7 @@ def kl(model: Any, clone: Any, prompts: list[list[int]], answers: list[list[int]
 
 
 def summary(policy: Policy, seeds: list[Seed]) -> dict[str, Any]:
-    """Means over seeds, and differences prompt by prompt: to the clone, and to the same policy from shuffled labels."""
+    """Means over seeds, and differences prompt by prompt: to the clone, and to the same policy of shuffled rewards."""
     found = {key: statistics.mean(seed[policy.name][key] for seed in seeds) for key in ("kl", "finished")}
     found["gold"] = over_seeds([mean_and_se(seed[policy.name]["gold"]) for seed in seeds])
     others = {"clone": IMITATORS[0]} | (
@@ -197,7 +226,7 @@ def over_seeds(each: list[dict[str, float]]) -> dict[str, Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Of differences the number of standard errors stands behind."""
-    lines = ["| policy | gold | over the clone | over shuffled labels | KL | finished |", "|---" * 6 + "|"]
+    lines = ["| policy | gold | over the clone | over shuffled rewards | KL | finished |", "|---" * 6 + "|"]
     for name, row in found.items():
         cells = [f"{row['gold']['mean']:.3f} ± {row['gold']['se']:.3f}"]
         for key in ("over_clone", "over_shuffled"):

@@ -15,8 +15,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from rlhf_ray.config.roofline import GPUS, Shares
 from rlhf_ray.errors import ConfigError, ResourceError, RLHFError, StopRequested
 from rlhf_ray.runtime.environment import in_uploaded_directory
+from rlhf_ray.telemetry.secrets import redact
 
 
 class _Group(TyperGroup):
@@ -157,6 +159,31 @@ def pipeline(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}.")] = "h100",
+    answer_tokens: Annotated[float | None, typer.Option(help="Mean. Without: half of rollout.max_new_tokens.")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(help="Mean. Without: half of data.max_tokens.")] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of peak FLOP/s that is reached.")
+    ] = Shares.compute,
+    mbu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of memory bandwidth.")] = Shares.memory,
+    link_share: Annotated[float, typer.Option(min=0.001, max=1, help="Share of links' bandwidth.")] = Shares.link,
+) -> None:
+    """Predict memory and seconds of a PPO run on a cluster, and compare placements; nothing is started."""
+    from rlhf_ray.config import planning
+    from rlhf_ray.config.prediction import Cluster, work_ahead
+
+    cluster = Cluster(gpu, nodes, gpus_per_node, Shares(mfu, mbu, link_share))
+    loaded = planning.load_ppo(config, overrides or [])
+    work = work_ahead(loaded, prompt_tokens, answer_tokens)
+    print(planning.render(loaded, cluster, work, planning.predict(loaded, cluster, work)))
+
+
+@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(metavar="runs/NAME/evidence/UPDATE", show_default=False)],
 ) -> None:
@@ -243,7 +270,7 @@ def main() -> NoReturn:
     try:
         app()
     except RLHFError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
 
@@ -255,7 +282,7 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
     if dry_run:
         from rlhf_ray.config.plan import plan, render
 
-        print(render(plan(config)))
+        print(redact(render(plan(config))))
         return
     # A reward function may lie in the current directory, where Ray's workers look for modules as well.
     sys.path.append(str(Path.cwd()))
@@ -264,7 +291,7 @@ def _run(stage: Stage, path: Path, overrides: list[str] | None, dry_run: bool, a
     with redirect_stdout(sys.stderr):  # a library's log keeps the stdout of its import; only the summary belongs there
         run = runner_of(stage)
     summary = run(config, address)
-    print(json.dumps(summary, indent=2, default=str))
+    print(redact(json.dumps(summary, indent=2, default=str)))
 
 
 def _check_outlives_the_job(config: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ in time) is a RewardError that says what was asked and what came back.
 
 import importlib
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,15 @@ import numpy as np
 from rlhf_ray.config.rewards import Combination, RewardPart, RewardSection, Uncertainty, Worst
 from rlhf_ray.errors import RewardError
 from rlhf_ray.records import Trajectories
+from rlhf_ray.telemetry.secrets import bearer, redact
 
 if TYPE_CHECKING:
+    import httpx
+
     from rlhf_ray.models.device import Device
+
+TOKEN = "RLHF_RAY_REWARD_TOKEN"
+"""Environment variable of what a reward server asks for as a bearer token; no configuration key, no file has it."""
 
 ScoreText = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -175,7 +182,7 @@ class RewardServer(TextReward):
     """The role for `reward.url`."""
 
     def __init__(self, url: str, deadline_s: float, tokenizer: str, trust_remote_code: bool) -> None:
-        super().__init__(ServerScores(url, deadline_s), f"reward.url {url}", tokenizer, trust_remote_code)
+        super().__init__(ServerScores(url, deadline_s), redact(f"reward.url {url}"), tokenizer, trust_remote_code)
 
 
 def imported(path: str) -> ScoreText:
@@ -202,7 +209,10 @@ def imported(path: str) -> ScoreText:
 
 class ServerScores:
     """POSTs {"prompts", "responses"} and expects {"scores"}. Retries what may pass (no connection, 429, 5xx) with
-    growing pauses until the deadline; anything else is an error at once."""
+    growing pauses until the deadline; anything else is an error at once.
+
+    Over https a server has to show a certificate of an authority that `SSL_CERT_FILE` (without: certifi) knows.
+    ConfigError for a token that would travel in clear."""
 
     FIRST_PAUSE_S = 0.1
     LONGEST_PAUSE_S = 10.0
@@ -210,6 +220,7 @@ class ServerScores:
     def __init__(self, url: str, deadline_s: float) -> None:
         self.url = url
         self.deadline_s = deadline_s
+        self.headers = bearer(TOKEN, url, redact(f"reward.url {url}"))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Sequence[float]:
         end = time.monotonic() + self.deadline_s
@@ -220,9 +231,7 @@ class ServerScores:
             if answer is not None:
                 return answer
             if time.monotonic() + pause >= end:
-                raise RewardError(
-                    f"reward.url {self.url}: no scores in {self.deadline_s:g} s and {tries} tries; the last: {fault}"
-                )
+                raise self._error(f"no scores in {self.deadline_s:g} s and {tries} tries; the last: {fault}")
             time.sleep(pause)
             pause = min(2 * pause, self.LONGEST_PAUSE_S)
 
@@ -231,17 +240,36 @@ class ServerScores:
         import httpx
 
         try:
-            reply = httpx.post(self.url, json={"prompts": prompts, "responses": responses}, timeout=left_s)
+            reply = httpx.post(
+                self.url, json={"prompts": prompts, "responses": responses}, headers=self.headers, timeout=left_s
+            )
         except httpx.TransportError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise self._error(
+                    f"{error}. For an authority of your own, set SSL_CERT_FILE to its certificate"
+                ) from None
             return None, f"{type(error).__name__}: {error}"
+        except OSError as error:
+            path = os.environ.get("SSL_CERT_FILE")
+            raise self._error(f"certificates of SSL_CERT_FILE '{path}' cannot be read: {error}") from None
+        if reply.status_code in (401, 403):
+            found = "is refused" if self.headers else "is not set"
+            raise self._error(f"the token, environment variable {TOKEN}, {found}: {_said(reply)}")
         if reply.status_code == 429 or reply.status_code >= 500:
             return None, f"HTTP {reply.status_code}"
         if reply.status_code != 200:
-            raise RewardError(f"reward.url {self.url}: HTTP {reply.status_code}: {reply.text[:200]}")
+            raise self._error(_said(reply))
         try:
             return reply.json()["scores"], ""
         except (ValueError, KeyError, TypeError):
-            raise RewardError(f'reward.url {self.url}: expected {{"scores": [...]}}, got: {reply.text[:200]}') from None
+            raise self._error(f'expected {{"scores": [...]}}, got: {reply.text[:200]}') from None
+
+    def _error(self, what: str) -> RewardError:
+        return RewardError(redact(f"reward.url {self.url}: {what}"))
+
+
+def _said(reply: "httpx.Response") -> str:
+    return f"HTTP {reply.status_code}: {reply.text[:200]}"
 
 
 def checked(scores: object, expected: int, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import log, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,34 @@ class ModelSize:
     """Numbers the KV cache holds for each token: 2 * layers * KV heads * head dimension."""
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """What the work of a model's passes depends on."""
+
+    parameters: int
+    body: int
+    """Parameters in matrix products, but for the output head: an embedding is only looked up."""
+    head: int
+    """Of a language model's output head, tied to the embedding or not; a critic and a reward model do without."""
+    layers: int
+    heads: int
+    """Of queries."""
+    kv_heads: int
+    head_dimension: int
+    source: Literal["config.json", "name"] = "config.json"
+    """From a name it is the shape of the Llama 3 nearest in size, its embedding taken for part of the body."""
+
+
+_LLAMAS = (
+    (1_240_000_000, (16, 32, 8, 64)),
+    (3_210_000_000, (28, 24, 8, 128)),
+    (8_030_000_000, (32, 32, 8, 128)),
+    (70_600_000_000, (80, 64, 8, 128)),
+    (406_000_000_000, (126, 128, 8, 128)),
+)
+"""Parameters; layers, heads, KV heads and head dimension, as published."""
+
+
 def model_size(name: str) -> ModelSize:
     """Size of a local folder or of a hub name in the local cache. Raises ModelError when a file in it is damaged."""
     folder = _folder(name)
@@ -45,6 +73,29 @@ def model_size(name: str) -> ModelSize:
         return ModelSize(counted[0], "config.json", counted[1], kv_values)
     named = _read_off(name)
     return ModelSize(named, "name" if named else "unknown", 0, kv_values)
+
+
+def model_shape(name: str) -> ModelShape | None:
+    """Of a local folder or hub name as for `model_size`, else of its name; None: the size is unknown."""
+    size, folder = model_size(name), _folder(name)
+    parameters = size.parameters
+    if parameters is None:
+        return None
+    config = _config(folder / "config.json") if folder else {}
+    if not _count(config):
+        # By ratio: sizes lie orders of magnitude apart.
+        nearest = min(_LLAMAS, key=lambda known: abs(log(known[0] / parameters)))
+        return ModelShape(parameters, parameters, 0, *nearest[1], source="name")
+    embedding, heads = config["vocab_size"] * config["hidden_size"], config["num_attention_heads"]
+    return ModelShape(
+        parameters,
+        body=parameters - size.head - embedding,
+        head=0 if _is_classifier(config) else embedding,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dimension=_head_dimension(config),
+    )
 
 
 def weight_shapes(name: str) -> dict[str, list[int]]:
@@ -125,10 +176,14 @@ def _count(config: dict[str, Any]) -> tuple[int, int] | None:
     if config.get("attention_bias") or config.get("model_type") == "qwen2":
         layer += queries + keys_and_values
     body = vocabulary * hidden + layers * layer + hidden
-    if any("SequenceClassification" in name for name in config.get("architectures") or []):
+    if _is_classifier(config):
         return body + hidden * max(1, len(config.get("id2label", {}))), 0
     head = 0 if config.get("tie_word_embeddings") else vocabulary * hidden
     return body + head, head
+
+
+def _is_classifier(config: dict[str, Any]) -> bool:
+    return any("SequenceClassification" in name for name in config.get("architectures") or [])
 
 
 def _kv_values_per_token(config: dict[str, Any]) -> int | None:

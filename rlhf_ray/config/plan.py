@@ -363,15 +363,15 @@ def render(plan: Plan) -> str:
             *(f"  {line}" for line in dump(plan.config).splitlines()),
             "",
             "Actors",
-            *_table(["role", "actors", "CPUs each", "GPUs each"], _actor_rows(plan)),
+            *table(["role", "actors", "CPUs each", "GPUs each"], _actor_rows(plan)),
             "",
             "Placement: each bundle lies on one node",
-            *_table(["bundles", "holding", "CPUs", "GPUs", f"{_device(plan)} holds", "nodes"], _bundle_rows(plan)),
+            *table(["bundles", "holding", "CPUs", "GPUs", f"{_device(plan)} holds", "nodes"], _bundle_rows(plan)),
             f"  {_nodes_line(plan)}",
             "",
-            *(["Batch", *_table(None, _batch_rows(plan.batch)), ""] if plan.batch else []),
+            *(["Batch", *table(None, _batch_rows(plan.batch)), ""] if plan.batch else []),
             "Bytes of each worker (activations come on top)",
-            *_table(["worker", "parameters", "weights", "gradients", "optimizer", "KV cache"], _memory_rows(plan)),
+            *table(["worker", "parameters", "weights", "gradients", "optimizer", "KV cache"], _memory_rows(plan)),
             *_notes(plan),
             *(f"warning: {sentence}" for sentence in advice(plan.config)),
         ]
@@ -459,7 +459,7 @@ def _notes(plan: Plan) -> list[str]:
     return [f"  Size of {model} {wording[source]}." for model, source in sizes.items() if source in wording]
 
 
-def _table(header: list[str] | None, rows: list[list[str]]) -> list[str]:
+def table(header: list[str] | None, rows: list[list[str]]) -> list[str]:
     """Aligned columns, two spaces apart; never wrapped, so that a log or grep gets whole lines."""
     lines = [header, *rows] if header else rows
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

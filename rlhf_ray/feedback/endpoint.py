@@ -12,7 +12,6 @@ run at once, and so does a server on which everything fails.
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -26,7 +25,7 @@ from rlhf_ray.errors import ConfigError, JudgeError
 from rlhf_ray.feedback.critique import Said
 from rlhf_ray.feedback.judging import LATEST, OPTIONS, Reply
 from rlhf_ray.interrupts import Interrupt
-from rlhf_ray.telemetry.secrets import redact
+from rlhf_ray.telemetry.secrets import bearer, redact
 
 KEY = "RLHF_RAY_JUDGE_KEY"
 FIRST_PAUSE_S = 0.5
@@ -43,7 +42,7 @@ class Endpoint:
     """Asks `concurrency` things at a time, at no more than `requests_per_minute`. A `feedback.judging.Judge`."""
 
     def __init__(self, section: EndpointJudge, seed: int) -> None:
-        """Raises ConfigError for an address that is none, and for a key that no header can carry."""
+        """Raises ConfigError for an address that is none, and for a key that cannot or must not be sent there."""
         self.section, self.seed = section, seed
         self.url = f"{section.base_url.rstrip('/')}/chat/completions"
         try:
@@ -52,9 +51,7 @@ class Endpoint:
             host = ""
         if not host:
             raise ConfigError(f"judge.base_url '{section.base_url}': expected something like https://host/v1")
-        self.key = os.environ.get(KEY, "")
-        if not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise ConfigError(f"judge: the key, environment variable {KEY}, has white space or other odd characters")
+        self.headers = bearer(KEY, self.url, "judge")
         self.pace = Pace(section.requests_per_minute)
         self.failed_in_a_row = 0
 
@@ -88,9 +85,8 @@ class Endpoint:
                 replies[place] = reply = await self._reply(client, asked[place], read)
                 self._note(reply)
 
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         async with httpx.AsyncClient(
-            headers=headers, timeout=None
+            headers=self.headers, timeout=None
         ) as client:  # `_post` has the time-out of a whole try
             workers = [asyncio.create_task(work(client)) for _ in range(min(self.section.concurrency, len(asked)))]
             try:
@@ -148,7 +144,7 @@ class Endpoint:
                 return None, f"unexpected reply: no JSON but {reply.text[:200]}", None
         said = f"HTTP {reply.status_code}: {' '.join(reply.text[:200].split())}"
         if reply.status_code in (401, 403):
-            found = "is refused" if self.key else "is not set"
+            found = "is refused" if self.headers else "is not set"
             raise ConfigError(redact(f"judge {self.url}: the key, environment variable {KEY}, {found}: {said}"))
         if reply.status_code == 404 or "model_not_found" in reply.text:
             raise ConfigError(

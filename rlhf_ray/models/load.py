@@ -1,5 +1,8 @@
 """Reading and writing Hugging Face folders, and refusing what does not fit before any weight is read.
 
+A model folder may come from anybody: weights are read from safetensors alone, never from a pickle, and code that a
+folder brings along runs only where the person said `trust_remote_code`.
+
 Everything a person can get wrong about a model (no such folder, not a model, two outputs where one is needed, another
 vocabulary) is told from the small JSON files, in the driver, within seconds.
 """
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from rlhf_ray.models.device import Device
     from rlhf_ray.models.heads import Head
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""One of them is in every model folder that can be read."""
 NORMALISATION = "rlhf_ray_score"
 """Key in a reward model's config.json: {"mean": ..., "sd": ...} of its raw scores on held-out answers."""
 
@@ -50,12 +55,18 @@ def model_config(path: str, role: str, trust_remote_code: bool = False) -> "Pret
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=not folder.exists() and not _hub_answers()
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{role}: '{path}' is neither a model folder nor a hub model within reach: {reason}") from None
+    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS):
+        raise ModelError(
+            f"{role}: '{path}' has no weights in safetensors; others can hold code that runs when they are read, "
+            f"so none of them is. Where you trust that folder, load it with transformers and save it again"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def tokenizer(path: str, role: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

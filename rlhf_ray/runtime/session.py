@@ -42,7 +42,7 @@ def connect(address: str | None = None, cpus: float | None = None) -> Iterator[N
         _start(address=address)
     else:
         _keep_token()
-        _start(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1")
+        _start(address="local", num_cpus=cpus, include_dashboard=False)
     try:
         yield
     finally:
@@ -81,8 +81,8 @@ def _keep_token() -> None:
     try:
         file.parent.mkdir(mode=0o700, exist_ok=True)
         if not file.exists():
-            with open(aside, "w", opener=_for_me_alone) as fresh:
-                fresh.write(secrets.token_hex(32))
+            aside.touch(0o600)
+            aside.write_text(secrets.token_hex(32))
             with suppress(FileExistsError):  # another run was faster: its token is everybody's
                 os.link(aside, file)
             aside.unlink()
@@ -92,10 +92,6 @@ def _keep_token() -> None:
             f"{error.filename or file}: Ray's token cannot be kept there: {error.strerror or error}. Put one into a "
             "file elsewhere that you alone can read, and set RAY_AUTH_TOKEN_PATH to it"
         ) from None
-
-
-def _for_me_alone(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _check_answers(address: str) -> None:

@@ -68,7 +68,7 @@ def submit_command(command: list[str], address: str, working_dir: Path, who: str
     except (RuntimeError, ValueError, OSError, RayError) as error:
         raise ResourceError(f"the Ray cluster at {address} did not take the job: {error}") from None
     stop = f"ray job stop --address {address} {job}"
-    print(f"{who}job {job}: {entrypoint}\n{who}to stop it: {stop}", flush=True)
+    print(f"{who}job {job}: {redact(entrypoint)}\n{who}to stop it: {stop}", flush=True)
     try:
         status = asyncio.run(_follow(client, job, address, who))
         message = client.get_job_info(job).message or ""

@@ -131,8 +131,10 @@ class Learnable(gymnasium.Wrapper[NDArray[np.float32], np.int64, NDArray[np.inte
         self.vocabulary = mdp.padding
         self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (mdp.window * (mdp.padding + 1),), np.float32)
 
-    def reset(self, **options: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        state, info = self.env.reset(**options)
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        state, info = self.env.reset(seed=seed, options=options)
         return one_hot(state[None], self.vocabulary)[0], info
 
     def step(self, action: np.int64) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -192,10 +194,14 @@ def examined(policy: Policy, config: RLlibConfig, edges: Edges, samples: int, se
 def save(config: RLlibConfig, algorithm: "Algorithm", tracker: Tracker, updates: int, name: str = "") -> str:
     """A checkpoint after `updates` updates; its `policy` is what RLlib's `RLModule.from_checkpoint` reads."""
     module: Any = algorithm.get_module()
+
+    def write(folder: Path) -> None:
+        module.save_to_path(folder / "policy")
+
     place = checkpoints.write(
         tracker.folder.checkpoints,
         name or f"update_{updates:06d}",
-        lambda folder: module.save_to_path(folder / "policy"),
+        write,
         {"updates": updates},
         config.checkpoint.keep,
         sum(weight.nbytes for weight in module.parameters()),
@@ -220,12 +226,14 @@ def _settings(config: RLlibConfig, edges: Edges) -> "AlgorithmConfig":
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
     told = config.environment
+    activation = "tanh" if isinstance(config.algorithm, PPO) else "relu"  # with tanh Q goes astray for half of a run
+    network = DefaultModelConfig(fcnet_hiddens=HIDDEN, fcnet_activation=activation, vf_share_layers=False)
     return (
         (_ppo(config, config.algorithm) if isinstance(config.algorithm, PPO) else _dqn(config, config.algorithm))
         .environment(Learnable, env_config={"edges": edges, "longest": told.longest, "beta": told.beta})
         .env_runners(num_env_runners=0, num_envs_per_env_runner=ENVIRONMENTS)
         .learners(num_learners=0, num_gpus_per_learner=0)
-        .rl_module(model_config=DefaultModelConfig(fcnet_hiddens=HIDDEN, vf_share_layers=False))
+        .rl_module(model_config=network)
         .debugging(seed=config.seed, log_level="ERROR")
     )
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bombs
 import numpy as np
 import pytest
 import tiny
@@ -47,6 +48,7 @@ def rollout_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         folders[name] = tmp_path_factory.mktemp(name)
         LlamaForCausalLM(config).save_pretrained(folders[name])
+        bombs.plant(folders[name], folders[name] / "code-ran")  # none of the engines' tests may set one off
     return folders
 
 

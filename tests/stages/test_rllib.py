@@ -136,14 +136,14 @@ def test_ppo_learns_a_small_graph_and_leaves_a_policy_that_can_be_read_and_nothi
 
     home = tmp_path / "home"
     monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(home))
-    told = config(output_dir=str(tmp_path), updates=8, tokens_per_update=600, algorithm={"learning_rate": 3e-3})
+    told = config(output_dir=str(tmp_path), updates=20, tokens_per_update=600, algorithm={"learning_rate": 3e-3})
     summary = rllib.run(told)
     folder = tmp_path / "run"
     found = lines(folder)
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert found[0]["rllib/optimality"] < 0.6
     assert summary["optimality"] > 0.85
-    assert summary["tokens"] == found[-1]["tokens/total"] >= 8 * 600
+    assert summary["tokens"] == found[-1]["tokens/total"] >= 20 * 600
     assert {"rllib/loss", "rllib/value_loss", "rllib/entropy", "rllib/return", "rllib/kl"} <= found[0].keys()
     module: Any = RLModule.from_checkpoint(Path(summary["policy"]))
 
@@ -173,4 +173,4 @@ def test_dqn_learns_the_same_graph_and_a_stop_saves_its_policy(
     with pytest.raises(StopRequested, match=r"stopped by SIGTERM; the policy as it was is saved in '.*stopped/policy'"):
         rllib.run(told.model_copy(update={"name": "stopped"}))
     assert len(lines(tmp_path / "stopped")) == 1
-    assert json.loads((tmp_path / "stopped/checkpoints/stopped/state.json").read_text()) == {"updates": 1}
+    assert json.loads((tmp_path / "stopped/checkpoints/stopped/state.json").read_text())["updates"] == 1
