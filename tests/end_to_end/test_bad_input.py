@@ -229,11 +229,11 @@ def three_answers() -> Trajectories:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Room for two checkpoints of the tiny policy."""
+    """Room for two checkpoints of the tiny policy and its learner."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", place], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=4000k", "tmpfs", place], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip(f"mounting a tmpfs takes root: {mounted.stderr.decode()}")
@@ -245,9 +245,9 @@ def test_a_full_disk_ends_the_run_and_keeps_what_there_is(bad: Project, small_di
     ran = bad.run("name=full", f"output_dir={small_disk}", within_s=180)
     assert ran.returncode == 1
     said = only_message(ran.stdout, ran.stderr)
-    assert f"checkpoint '{small_disk}/full/checkpoints/update_000003' needs 0.2 MiB" in said
+    assert f"checkpoint '{small_disk}/full/checkpoints/update_000003' needs 1.5 MiB" in said
     assert "the disk has 0." in said and "Free some, or choose another output_dir" in said
-    assert [line["update"] for line in rows(small_disk / "full/metrics.jsonl")] == [0, 1]
+    assert [line["update"] for line in rows(small_disk / "full/metrics.jsonl")] == [0, 1, 2]
     assert sorted(place.name for place in (small_disk / "full/checkpoints").iterdir()) == [
         "update_000001",
         "update_000002",
