@@ -40,8 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "roofline.json"
 PHASES = ("generate", "score", "learn", "publish")
 WARM_UP = 2
 CORES = 2
-SIDE, COPIED, REPEATS = 1024, 2**28, 10
-"""Of the matrices, and bytes that are copied; the fastest repeat counts."""
+SIDE, COPIED, REPEATS = 512, 2**26, 300
+"""Of the matrices, and bytes that are copied: milliseconds each, so that the fastest had the core to itself."""
 
 Rows = list[dict[str, float]]
 

@@ -18,6 +18,8 @@ FILL = 0.9
 """Share of a GPU's memory that may be planned with."""
 ADAM_BYTES = 30
 """Read and written for each parameter of a step: bf16 weight and gradient, fp32 master weight and both moments."""
+CACHE_BLOCK = 16
+"""Tokens of an engine's block of KV cache: all answers share a prompt's whole blocks and compute the rest each."""
 WHOLE, ADAPTERS = 3, 2
 """A training pass in forward passes: backward is two more, or one where weights have no gradients."""
 
@@ -82,7 +84,7 @@ class Work:
     """One update."""
 
     prompts: int
-    """An engine computes each once, however many answers it gets."""
+    """G"""
     answers: int
     """S"""
     prompt_tokens: float
@@ -167,11 +169,13 @@ def waves(models: Models, work: Work, engines: Engines) -> float:
 def generate_s(models: Models, work: Work, engines: Engines, device: Device) -> float:
     """T_gen: prompts at the speed of arithmetic, then answers at that of memory or of arithmetic, whichever is slower.
 
-    G p f(p) / (n F) + max(bytes / (n B), S r f_dec(p + r/2) / (n F)) for G prompts, where decoding reads the cache and,
-    at each of w r steps, every engine its weights: bytes = S k (r p + r^2/2) + (n/g) w r W.
+    q f(p) / (n F) + max(bytes / (n B), S r f_dec(p + r/2) / (n F)), where q = G (p - 16) + 16 S prompt tokens are
+    computed (S p if p is below 16), and decoding reads the cache and, at each of w r steps, every engine its weights:
+    bytes = S k (r p + r^2/2) + (n/g) w r W.
     """
     gpus, p, r = engines.count * engines.gpus, work.prompt_tokens, work.answer_tokens
-    prefill = work.prompts * p * forward_flops(models.policy, p)
+    apart = min(p, CACHE_BLOCK)
+    prefill = (work.prompts * (p - apart) + work.answers * apart) * forward_flops(models.policy, p)
     decoding = work.answers * r * decode_flops(models.policy, p + r / 2)
     cache = work.answers * kv_bytes(models.policy, models.width) * (r * p + r * r / 2)
     weights = engines.count * waves(models, work, engines) * r * models.weights

@@ -18,6 +18,7 @@ from rlhf_ray.config.plan import plan
 from rlhf_ray.errors import ConfigError, ResourceError, TrainingError
 from rlhf_ray.runtime.placement import shortage
 from rlhf_ray.runtime.submit import machines, submit_command
+from rlhf_ray.telemetry.progress import say
 from rlhf_ray.telemetry.run_folder import write_atomically
 
 Ends = SimpleQueue[tuple[str, Exception | None]]
@@ -25,15 +26,20 @@ Ends = SimpleQueue[tuple[str, Exception | None]]
 
 
 class Cluster:
-    """The cluster at `address` (http://...), as large as it is now. Raises ResourceError when nobody answers there."""
+    """The cluster whose dashboard is at `address` (http://...)."""
 
     def __init__(self, address: str, nodes: Sequence[Node]) -> None:
-        self.address, self.machines = address, machines(address)
+        self.address = address
         self.wanted = {node.name: wanted(node.resolved({}, f"stage '{node.name}'", name=node.name)) for node in nodes}
 
     def fits(self, names: Sequence[str]) -> bool:
-        """Whether these stages may run at the same time."""
-        return shortage([group for name in names for group in self.wanted[name]], self.machines) is None
+        """Whether these stages may run at the same time on the cluster, as large as it is now."""
+        try:
+            there = machines(self.address)
+        except ResourceError as error:
+            say(f"{names[-1]} waits for the others: {error}")
+            return False
+        return shortage([group for name in names for group in self.wanted[name]], there) is None
 
     def start(self, node: Node, config: StageConfig, ends: Ends) -> None:
         """Returns at once; the job's end goes into `ends`."""

@@ -138,7 +138,8 @@ def test_phi_counts_every_gpu_of_the_run_and_mfu_those_of_the_learner() -> None:
     one, other = (
         performance_of(of_8b(f"roles.learner.ranks={ranks}"), models, metrics, GPUS["h100"]) for ranks in (5, 13)
     )
-    assert one["perf/phi"] == pytest.approx(2 * other["perf/phi"], rel=0.01)  # 8 GPUs and 16
+    # 8 GPUs and 16, in whose bound every engine still reads all weights for every token of an answer.
+    assert 1.7 * other["perf/phi"] < one["perf/phi"] < 2 * other["perf/phi"]
     assert one["perf/mfu"] == pytest.approx(13 / 5 * other["perf/mfu"])
 
 

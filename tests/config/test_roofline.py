@@ -100,11 +100,19 @@ def test_a_token_of_the_tiny_model_by_hand() -> None:
 
 
 def test_generation_is_prefill_and_then_memory_or_arithmetic_whichever_is_slower() -> None:
-    prefill = 2 * 10 * (100 + 80) / (4 * 1000)
+    prefill = 4 * 10 * (100 + 80) / (4 * 1000)
     # The cache: 4 * 8 * (20 * 10 + 200) = 12,800 bytes. Weights: two engines, 20 steps, 120 bytes.
     assert generate_s(MODELS, WORK, ENGINES, DEVICE) == pytest.approx(prefill + (12_800 + 4_800) / (4 * 100))
     quick = replace(DEVICE, bandwidth=1e9)
     assert generate_s(MODELS, WORK, ENGINES, quick) == pytest.approx(prefill + 4 * 20 * (100 + 16 * 20) / (4 * 1000))
+
+
+def test_answers_share_all_of_a_prompt_but_a_last_block() -> None:
+    quick = replace(DEVICE, bandwidth=1e9)
+    long = replace(WORK, prompt_tokens=30)
+    decoded = 4 * 20 * (100 + 16 * 40) / 4000
+    # 14 tokens of each of two prompts and 16 for each of four answers
+    assert generate_s(MODELS, long, ENGINES, quick) == pytest.approx(decoded + (2 * 14 + 4 * 16) * (100 + 240) / 4000)
 
 
 def test_a_cache_too_small_for_all_answers_makes_engines_read_their_weights_more_often() -> None:
@@ -116,7 +124,7 @@ def test_a_cache_too_small_for_all_answers_makes_engines_read_their_weights_more
 
 
 def test_a_synchronous_update_waits_for_the_longest_answer() -> None:
-    # 40 tokens of 120 bytes at 2 * 100 byte/s: 24 s, less than 44.9 s for all; of 80 tokens it is 48 s
+    # 40 tokens of 120 bytes at 2 * 100 byte/s: 24 s, less than 45.8 s for all; of 80 tokens it is 48 s
     assert tail_s(MODELS, WORK, ENGINES, DEVICE) == generate_s(MODELS, WORK, ENGINES, DEVICE)
     assert tail_s(MODELS, replace(WORK, longest=80), ENGINES, DEVICE) == pytest.approx(48)
 
@@ -231,7 +239,7 @@ def test_phi_and_mfu_by_hand() -> None:
     # On the learner's one GPU: (1 + 2 * 3) * 120 * (340 + 320) / 1000 = 554.4 s of the 900 s.
     found = performance(MODELS, WORK, METRICS, DEVICE, gpus=4, learner_gpus=1, engine_gpus=2)
     assert found["perf/mfu"] == pytest.approx(554.4 / 900)
-    generated = 2 * 10 * 180 / 4000 + max((12_800 + 2 * 20 * 120) / 400, 4 * 20 * 420 / 4000)
+    generated = 4 * 10 * 180 / 4000 + max((12_800 + 2 * 20 * 120) / 400, 4 * 20 * 420 / 4000)
     scored, learned = 120 * (340 + 320) / 4000, 554.4 / 4
     assert found["perf/phi"] == pytest.approx((generated + scored + learned) / 2000)
 

@@ -158,6 +158,8 @@ class Jobs:
     lock: Lock = field(default_factory=Lock)
 
     def machines(self, address: str) -> list[dict[str, float]]:
+        if not self.cpus:
+            raise ResourceError("no list of machines")
         return [{"CPU": float(self.cpus)}]
 
     def submit_command(self, command: list[str], address: str, working_dir: Path, who: str) -> int:
@@ -203,6 +205,22 @@ def test_jobs_that_the_cluster_cannot_hold_together_follow_each_other(file: Path
     submitted(file, *workers)
     assert cluster.stages.ran == ["sft", "reward", "dpo"]
     assert cluster.most == 1
+
+
+def test_a_cluster_that_grows_takes_more_jobs(file: Path, cluster: Jobs) -> None:
+    both = Barrier(2, timeout=20)
+    cluster.cpus = 1
+    cluster.at = {"sft": lambda: setattr(cluster, "cpus", 2), "reward": both.wait, "dpo": both.wait}
+    assert {stage["state"] for stage in submitted(file).values()} == {"done"}
+
+
+def test_where_a_clusters_size_cannot_be_had_jobs_follow_each_other_and_it_is_said(
+    file: Path, cluster: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.cpus = 0
+    submitted(file)
+    assert cluster.most == 1
+    assert "dpo waits for the others: no list of machines" in capsys.readouterr().err
 
 
 def test_a_failed_job_lets_those_end_that_run_and_no_other_begins(

@@ -1,6 +1,7 @@
 """RLlib's algorithms on walks: what they are told, how their policies are measured, and that they learn for real."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from rlhf_ray import cli
 from rlhf_ray.config.load import load
 from rlhf_ray.config.rllib import RLlibConfig
 from rlhf_ray.environments.random_walks import distances, random_graph
-from rlhf_ray.errors import ConfigError, StopRequested, TrainingError
+from rlhf_ray.errors import StopRequested, TrainingError
 from rlhf_ray.interrupts import Interrupt
 from rlhf_ray.stages import rllib
 from rlhf_ray.stages.rllib import Learnable, examined, graph, learned, one_hot
@@ -49,12 +51,27 @@ def test_a_setting_without_a_meaning_is_refused(changes: dict[str, Any], told: s
         config(**changes)
 
 
-def test_a_graph_that_cannot_be_is_refused_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("algorithm=pppo", "'algorithm': there is no 'pppo'; expected one of 'ppo', 'dqn'; did you mean 'ppo'?"),
+        ("environment.node=5", "unknown key 'environment.node'; did you mean 'environment.nodes'?"),
+        ("environment.share=1e-9", "none of 10000 graphs of 3 nodes with a share of 1e-09 edges leads all to the goal"),
+    ],
+)
+def test_the_command_refuses_bad_input_with_one_message(
+    override: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: x\noutput_dir: {tmp_path}\nenvironment: {{nodes: 3}}\ntelemetry: {{wandb: off}}\n")
+    monkeypatch.setattr(sys, "argv", ["rlhf-ray", "rllib", str(path), override])
     monkeypatch.setattr(rllib.session, "connect", lambda address: pytest.fail("started Ray"))
-    impossible = config(output_dir=str(tmp_path), environment={"nodes": 200, "share": 0.001})
-    monkeypatch.setattr("rlhf_ray.environments.random_walks.TRIES", 3)
-    with pytest.raises(ConfigError, match=r"none of 3 graphs .* raise environment.share, now 0.001"):
-        rllib.run(impossible)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
 
 
 def test_the_graph_is_the_seeds() -> None:
