@@ -79,7 +79,9 @@ def mappings(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseMod
     found: dict[str, type[BaseModel]] = {}
     for name, field in model.model_fields.items():
         if get_origin(field.annotation) is dict:
-            found[prefix + name] = get_args(field.annotation)[1]
+            value = get_args(field.annotation)[1]
+            if isinstance(value, type) and issubclass(value, BaseModel):
+                found[prefix + name] = value
         for option in sections(field.annotation)[:1]:
             found.update(mappings(option, f"{prefix}{name}."))
     return found

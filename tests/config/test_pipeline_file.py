@@ -92,3 +92,11 @@ def test_the_pipelines_that_come_along_are_valid(path: Path) -> None:
     config, nodes = load_pipeline(path)
     assert config.name == path.stem
     assert nodes[-1].command == "evaluate"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", ""])
+def test_a_stage_name_that_could_leave_the_run_folder_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(f'name: p\nstages:\n  "{name}": {{}}\n')
+    with pytest.raises(ConfigError, match="should match pattern"):
+        load_pipeline(path)
