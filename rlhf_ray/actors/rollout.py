@@ -192,7 +192,7 @@ class RolloutEngine:
         """
         if self.settings.decode_beta is None:
             raise ModelError(f"{self} has no values that could steer it; start it with a decode_beta")
-        with self._shared.turn():
+        with self._shared.turn:
             self._engine.collective_rpc("set_decode_beta", args=(decode_beta,))
 
     def check_parameters(self, parameters: list[tuple[str, str, list[int]]]) -> int:
@@ -247,9 +247,10 @@ class RolloutEngine:
         start = time.perf_counter()
         self._transfer("finish_weight_update")
         self._updating = False
-        with self._shared.turn():
+        with self._shared.turn:
             if not self._engine.reset_prefix_cache(reset_running_requests=True):
                 self._shared.refusal = "its prefix cache still holds keys of older weights"
+                self._shared.resume()  # so that who waits is refused
                 raise PublicationError(f"{self}: {self._shared.refusal}: vLLM did not reset it")
         self._set_version(version)
         self._shared.refusal = None
@@ -407,7 +408,7 @@ class RolloutEngine:
 
     def _transfer(self, method: str, *args: Any) -> None:
         try:
-            with self._shared.turn():
+            with self._shared.turn:
                 self._engine.collective_rpc(method, args=args)
         except RLHFError:
             raise

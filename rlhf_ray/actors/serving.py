@@ -7,7 +7,6 @@ calls wait. What must never happen: an answer given to another call, or lost wit
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,8 @@ class SharedEngine:
         self.engine, self.name, self.deadline_s = engine, name, deadline_s
         self.refusal: str | None = None
         """Why it must not generate."""
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
+        """While it is held no step runs."""
         self._running = threading.Event()
         self._running.set()
         self._calls: dict[str, Call] = {}
@@ -51,7 +51,7 @@ class SharedEngine:
         number, call = str(next(self._numbers)), Call()
         self.wait_for_weights()
         try:
-            with self._turn:
+            with self.turn:
                 self._calls[number] = call
                 for row, (ids, params) in enumerate(requests):
                     self._add(f"{number}/{row}", ids, params)
@@ -60,20 +60,14 @@ class SharedEngine:
                 for output in self._advance(call):
                     yield int(output.request_id.partition("/")[2]), output
         finally:
-            with self._turn:
+            with self.turn:
                 self.engine.abort_request(list(call.waiting))  # of what nobody waits for any more; usually nothing
                 del self._calls[number]
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Within it no step runs."""
-        with self._turn:
-            yield
 
     def pause(self) -> None:
         """No step begins from here on until `resume`, and none runs any more."""
         self._running.clear()
-        with self._turn:
+        with self.turn:
             pass
 
     def resume(self) -> None:
@@ -81,7 +75,7 @@ class SharedEngine:
 
     def abort(self) -> None:
         """Gives up all that is under way; calls end with what they have."""
-        with self._turn:
+        with self.turn:
             for call in self._calls.values():
                 self.engine.abort_request(list(call.waiting))
                 call.waiting.clear()
@@ -99,7 +93,7 @@ class SharedEngine:
     def _advance(self, call: Call) -> list["RequestOutput"]:
         """What has finished for `call`, after another step unless somebody else's has just brought something."""
         self.wait_for_weights()
-        with self._turn:
+        with self.turn:
             if call.waiting and not call.finished and self._running.is_set():
                 if not self.engine.has_unfinished_requests():
                     raise GenerationError(f"{self.name}: {len(call.waiting)} requests were never answered")

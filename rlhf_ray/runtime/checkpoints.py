@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from rlhf_ray.errors import ResourceError
+from rlhf_ray.runtime.digests import content_digest
 
 UNFINISHED, STATE, FILES = ".unfinished", "state.json", "files"
-PIECE_BYTES = 1 << 22
 
 
 def write(
@@ -85,22 +83,14 @@ def _damaged(place: Path, files: dict[str, str]) -> str | None:
     for name, digest in files.items():
         if not (place / name).is_file():
             return f"{name} is missing"
-        if _digest(place / name) != digest:
+        if content_digest(place / name) != digest:
             return f"{name} is not what was written"
     return None
 
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    content = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            content.update(piece)
-    return content.hexdigest()
+    return {path.relative_to(folder).as_posix(): content_digest(path) for path in files}
 
 
 def written(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from rlhf_ray.errors import GenerationError, PublicationError
 from rlhf_ray.runtime.admission import Admission, Terms
-from rlhf_ray.runtime.ledger import Group, Landed, Ledger, State
+from rlhf_ray.runtime.ledger import Landed, Ledger, State
 from rlhf_ray.runtime.pools import Router
 
 
@@ -133,8 +133,8 @@ class Controller:
         """Group under way at an engine -> tokens that it was counted as."""
         self._chunks: dict[int, Any] = {}
         self._holding = False
-        self._dropped: list[Group] = []
-        """Since the last batch."""
+        self._dropped: list[int] = []
+        """Tokens of each group that was dropped since the last batch."""
 
     def begin(self) -> None:
         """The history begins with what was agreed."""
@@ -145,7 +145,7 @@ class Controller:
         return {
             **self.admission.state(),
             "under_way": self.ledger.under_way(),
-            "dropped": [group.tokens for group in self._dropped],
+            "dropped": self._dropped,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class Controller:
         groups = self.admission.restore(state, state["under_way"], self.version + 1)
         self.ledger.resume(groups, self.version, self.version + 1, self.admission.number)
         self._to_send.extend(group.number for group in groups)
-        self._dropped = [Group(-1, -1, tokens=tokens) for tokens in state["dropped"]]
+        self._dropped = list(state["dropped"])
 
     def end(self) -> None:
         """Every update is trained."""
@@ -277,7 +277,7 @@ class Controller:
         for group in self.ledger.drop([number for number in known if number in event.dull], "no signal"):
             del self._chunks[group.number]
             self.admission.dropped(group)
-            self._dropped.append(group)
+            self._dropped.append(group.tokens)
 
     def _lose(self, event: Lost) -> None:
         self.ledger.note("lost", f"rollout {event.engine}", incarnation=event.incarnation, cause=event.why)
@@ -322,5 +322,5 @@ class Controller:
             staleness,
             refills=max((group.refill for group in groups), default=0),
             dropped=len(dropped),
-            tokens=sum(group.tokens for group in [*groups, *dropped]),
+            tokens=sum(group.tokens for group in groups) + sum(dropped),
         )

@@ -41,12 +41,18 @@ class Digests:
         known = self._known.get(str(path.resolve()))
         if known and known[:3] == mark:
             return known[3]
-        content = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while piece := file.read(PIECE_BYTES):
-                content.update(piece)
-        self._known[str(path.resolve())] = [*mark, content.hexdigest()]
-        return content.hexdigest()
+        digest = content_digest(path)
+        self._known[str(path.resolve())] = [*mark, digest]
+        return digest
+
+
+def content_digest(path: Path) -> str:
+    """Of one file, read anew."""
+    content = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            content.update(piece)
+    return content.hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:

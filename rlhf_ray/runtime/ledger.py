@@ -61,8 +61,6 @@ class Ledger:
     def __init__(self, write: Write, now: Callable[[], float] = time.time) -> None:
         self._write, self._now = write, now
         self.groups: dict[int, Group] = {}
-        self.dropped = 0
-        self.trained = 0
 
     def note(self, event: str, actor: str, **facts: Any) -> None:
         """An event that changes no group."""
@@ -121,13 +119,11 @@ class Ledger:
         taken = self._step(numbers, State.SCORED, State.SCORED)
         for group in taken:
             del self.groups[group.number]
-        self.trained += len(taken)
         self.note("training", "learner", update=update, groups=_numbers(taken))
 
     def drop(self, numbers: Iterable[int], cause: str) -> list[Group]:
         """They will not be trained, whatever state they are in."""
         gone = [self.groups.pop(number) for number in numbers]
-        self.dropped += len(gone)
         if gone:
             self.note("dropped", "controller", groups=_numbers(gone), cause=cause)
         return gone

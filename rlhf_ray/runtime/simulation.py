@@ -64,6 +64,7 @@ class Outcome:
     engine_busy_s: float
     """Seconds in which an engine had something to do, a mean over engines."""
     trained: int
+    """Groups; those that a killed process trained included."""
 
 
 class SimulatedFleet:
@@ -224,35 +225,32 @@ def simulate(
     """
     history: list[dict[str, Any]] = []
     states: dict[int, dict[str, Any]] = {}
-    first, began = 0, 0.0
+    first, began, trained = 0, 0.0, 0
     for start in range(len(kills) + 1):
         fleet = SimulatedFleet(world, seed + 1_000_003 * start)
-        fleet.now, fleet.version = began, max(0, first - 1)
-        ledger = Ledger(lambda row: history.append(dict(row)), lambda: fleet.now)  # noqa: B023
+        fleet.now, fleet.version = began, first - 1 if start else 0
         controller = Controller(
             terms,
             fleet,
-            ledger,
+            Ledger(lambda row: history.append(dict(row)), lambda: fleet.now),  # noqa: B023
             lambda _: (world.prompt_tokens, answers),
             longest=round(4 * world.answer_tokens),
             in_flight=in_flight,
             version=fleet.version,
         )
-        if start == 0:
-            controller.begin()
-        else:
-            controller.version = first - 1
+        if start:
             controller.resume(states[first])
-            fleet.version = first - 1
             controller.publish(first, fleet.publish)
+        else:
+            controller.begin()
         for update in range(first, terms.updates):
-            controller.collect(update)
+            batch = controller.collect(update)
             if start < len(kills) and update == kills[start][1]:
+                first, began = kills[start][0], fleet.now
                 break
+            trained += len(batch.groups)
             controller.learn(update, fleet.learn())
             controller.publish(update + 1, fleet.publish)
             states[update + 1] = controller.state()
-        if start < len(kills):
-            first, began = kills[start][0], fleet.now
     controller.end()
-    return Outcome(history, fleet.now, fleet.learner_busy_s, fleet.engine_busy_s / world.engines, ledger.trained)
+    return Outcome(history, fleet.now, fleet.learner_busy_s, fleet.engine_busy_s / world.engines, trained)

@@ -62,7 +62,7 @@ class Flow:
         batch = self.controller.collect(update)
         if not batch.groups:
             raise TrainingError(
-                f"all answers to each of {self.ledger.dropped} prompts are paid alike: nothing to learn from. Sample "
+                f"all answers to each of {batch.dropped} prompts are paid alike: nothing to learn from. Sample "
                 "more answers a prompt (rollout.samples_per_prompt) or give a reward that tells them apart"
             )
         return batch

@@ -26,6 +26,7 @@ from rlhf_ray.runtime import checkpoints, session
 from rlhf_ray.stages.reward_check import check_reward
 from rlhf_ray.telemetry.clock import PhaseClock
 from rlhf_ray.telemetry.progress import say
+from rlhf_ray.telemetry.run_folder import RunFolder
 from rlhf_ray.telemetry.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class Inputs:
 
 def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
     """The whole stage; returns what summary.json says. Any failure ends it with an RLHFError, actors gone."""
-    with Tracker(config, "ppo", resumable=True) as tracker:
+    begun, may_go_on = last_state(config)
+    with Tracker(config, "ppo", resumable=may_go_on) as tracker:
         for sentence in advice(config):
             say(f"warning: {sentence}")
         inputs = prepare(config, tracker.folder.path)
-        begun = checkpoints.newest(tracker.folder.checkpoints, "controller", lambda what: say(f"warning: {what}"))
         with session.connect(address), interrupts.stoppable():
             from rlhf_ray.stages.roles import Roles  # Ray's actors: not before the input is known to be good
 
@@ -65,6 +66,16 @@ def run(config: PPOConfig, address: str | None = None) -> dict[str, Any]:
         summary = totals.summary()
         tracker.summary(summary)
         return summary
+
+
+def last_state(config: PPOConfig) -> tuple[checkpoints.Checkpoint | None, bool]:
+    """What an earlier process of this run left to go on from, and whether its folder may be taken up at all.
+
+    Without a checkpoint only where one was still to come: what a run without any has measured is not thrown away.
+    """
+    folder = RunFolder.checkpoints_of(config)
+    begun = checkpoints.newest(folder, "controller", lambda what: say(f"warning: {what}"))
+    return begun, begun is not None or (config.checkpoint.every is not None and not checkpoints.written(folder))
 
 
 def prepare(config: PPOConfig, folder: Path) -> Inputs:

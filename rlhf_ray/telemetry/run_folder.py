@@ -42,7 +42,7 @@ class RunFolder:
         """The run's results; written as a whole or not at all."""
         self.unfinished = self.path / "unfinished.json"
         """The same of a run that did not end, as far as they were known; gone when the summary is there."""
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.checkpoints_of(config)
         self.model = self.path / "model"
         """What the stage made, as a Hugging Face folder."""
         self.wandb = self.path / "wandb"
@@ -60,6 +60,11 @@ class RunFolder:
             except BaseException:
                 self._metrics.close()
                 raise
+
+    @staticmethod
+    def checkpoints_of(config: StageConfig) -> Path:
+        """Where a run of `config` keeps them, before its folder is taken."""
+        return Path(config.output_dir).absolute() / config.name / "checkpoints"
 
     def log(self, update: int, metrics: Mapping[str, float]) -> None:
         """Appends one object to `metrics.jsonl`; it outlives the process, though not the machine."""
